@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from fusiontree.errors import ConfigError
+from fusiontree.eval import cache_bytes, measure_speed, weight_bytes
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+
+
+def llama(**overrides) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | overrides))).float()
+
+
+def test_models_take_turns_and_every_field_is_measured():
+    turns: list[tuple[str, int]] = []
+    models = {"small": llama(), "deep": llama(num_hidden_layers=3)}
+    results = measure_speed(models, 12, 4, repeats=2, progress=lambda name, turn: turns.append((name, turn)))
+    assert turns == [("small", -1), ("deep", -1), ("small", 0), ("deep", 0), ("small", 1), ("deep", 1)]
+    for name, result in results.items():
+        assert len(result.prefill_seconds) == len(result.decode_seconds) == 2
+        assert result.prefill_tokens_per_second > 0 and result.decode_tokens_per_second > 0
+        assert 0 < result.token_latency_p50 <= result.token_latency_p95
+        assert result.weight_bytes == weight_bytes(models[name])
+    # The last token is returned, never fed back: the cache holds prompt + new tokens - 1, keys and values, fp32.
+    assert results["small"].cache_bytes == 2 * 2 * 15 * 32 * 4
+
+
+def test_an_end_token_does_not_shorten_the_run():
+    model = llama()
+    prompt = torch.randint(64, (1, 6), generator=torch.Generator().manual_seed(0))
+    model.generation_config.eos_token_id = int(model(prompt).logits[0, -1].argmax())
+    result = measure_speed({"only": model}, 6, 5, repeats=1)["only"]
+    assert result.cache_bytes == 2 * 2 * 10 * 32 * 4
+
+
+def test_weight_bytes_count_tied_weights_once():
+    tied, untied = llama(tie_word_embeddings=True), llama()
+    assert weight_bytes(untied) - weight_bytes(tied) == 64 * 32 * 4
+
+
+def test_cache_bytes_count_kept_storage_not_the_view():
+    cache = DynamicCache()
+    base = torch.zeros(1, 1, 100, 4)
+    cache.update(base[:, :, :10], base[:, :, 10:20], 0)
+    assert cache_bytes({"cache": [cache, cache]}) >= 2 * 10 * 4 * 4
+    assert cache_bytes({"a": base[:, :, :1], "b": [base]}) == 100 * 4 * 4
+
+
+@pytest.mark.parametrize("arguments", [(0, 4, 1), (4, 1, 1), (4, 4, 0)])
+def test_impossible_measurements_are_refused(arguments):
+    with pytest.raises(ConfigError, match="at least 1, 2 and 1"):
+        measure_speed({"only": llama()}, *arguments)
