@@ -17,7 +17,8 @@ from fusiontree.errors import DataError
 
 IGNORED_LABEL = -100
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "seq_idx")
-ROWS_PER_CHUNK = 2048  # fp32 logits of 2048 tokens at V = 64K are 512 MB: a bound that is independent of batch and length
+# fp32 logits of 2048 tokens at V = 64K are 512 MB: a bound that is independent of batch and length.
+ROWS_PER_CHUNK = 2048
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -103,10 +104,10 @@ def _measure_once(model: Any, prompt: Tensor, new_tokens: int, samples: _Samples
             streamer=watch,
         )
         end = _now(device)
-    arrivals = watch.times[1:-1] + [end]
+    arrivals = [*watch.times[1:-1], end]
     samples.first_token.append(arrivals[0] - start)
     samples.decode.append(end - arrivals[0])
-    samples.token_gaps += [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    samples.token_gaps += [later - earlier for earlier, later in itertools.pairwise(arrivals)]
     samples.cache_bytes = cache_bytes(output.past_key_values)
 
 

@@ -12,8 +12,8 @@ from fusiontree.eval import evaluate_loss, token_byte_lengths, token_losses
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
-    return LlamaForCausalLM(LlamaConfig(**sizes)).float()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).float()
 
 
 def random_batch(rows: int, length: int, seed: int = 0) -> dict:

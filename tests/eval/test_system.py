@@ -5,7 +5,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from fusiontree.errors import ConfigError
 from fusiontree.eval import cache_bytes, measure_speed, weight_bytes
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def llama(**overrides) -> LlamaForCausalLM:
