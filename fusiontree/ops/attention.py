@@ -1,0 +1,107 @@
+"""Causal attention with a window of W keys (the query itself included), or with none, through SDPA.
+
+Keys come as one run: the cached ones first, then one per query. Query i of L sits in slot S - L + i of S keys.
+`reach` (B, L), when given, is how many keys back a query may see, itself included: its index in its own document + 1.
+It carries document boundaries and left padding alike. Without it every earlier key is visible.
+
+Shapes: B batch, H query heads, K key/value heads (H a multiple of K), L queries, S keys, P head size, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_BUDGET = 1 << 22  # mask elements per batch row that one call may build for heads that see everything
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:
+    """The definition, with the L×S mask in the open: fp32 softmax over the visible keys. q (B, H, L, P) → (B, H, L, P)."""
+    k, v = (repeat_heads(t, q.shape[1]) for t in (k, v))
+    scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
+    visible = _visible(q.shape[2], k.shape[2], window, reach, q.device)
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:
+    """q (B, H, L, P), k and v (B, K, S, P), S ≥ L → (B, H, L, P). `window` None: every earlier key; W: the last W keys."""
+    length, keys = q.shape[2], k.shape[2]
+    if window is not None and window < keys:
+        if length == 1:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        else:
+            return _windowed(q, k, v, window, reach)
+    if reach is None and length == 1:
+        return _sdpa(q, k, v)
+    if reach is None and length == keys:
+        return _sdpa(q, k, v, causal=True)
+    return _by_query_blocks(q, k, v, reach)
+
+
+def repeat_heads(t: Tensor, heads: int) -> Tensor:
+    """(B, K, …) → (B, H, …): each key/value head serves H/K neighbouring query heads."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    heads, length = q.shape[1], q.shape[2]
+    if k.shape[1] != heads and length == 1:
+        # The query heads that share a key head stand as that head's queries: no copy of the cache.
+        q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(k.shape[0], heads, 1, -1)
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _visible(length: int, keys: int, window: int | None, reach: Tensor | None, device: torch.device) -> Tensor:
+    """Who sees whom: (L, S) bool, or (B, 1, L, S) with `reach`."""
+    back = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    visible = back >= 0
+    if window is not None:
+        visible = visible & (back < window)
+    return visible if reach is None else visible & (back < reach[:, None, :, None])
+
+
+def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None) -> Tensor:
+    """Masked attention over everything before, in blocks of queries, so that no mask grows as L²."""
+    length, keys = q.shape[2], k.shape[2]
+    size = max(1, min(length, _BLOCK_BUDGET // keys))
+    outputs = []
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        upto = keys - length + end
+        mask = _visible(end - begin, upto, None, None if reach is None else reach[:, begin:end], q.device)
+        outputs.append(_sdpa(q[:, :, begin:end], k[:, :, :upto], v[:, :, :upto], mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
+    """Blocks of Q queries, each with the Q + W - 1 keys it can see: work and memory grow as L·W."""
+    batch, heads, length, size = q.shape
+    keys = k.shape[2]
+    Q = min(length, max(window // 2, 32))
+    n = -(-length // Q)
+    halo = window - 1
+    before, after = length + halo - keys, n * Q - length  # keys missing in front (superfluous if negative), queries behind
+    k, v = (F.pad(t, (0, 0, before, after)) for t in (k, v))
+    q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q)).transpose(1, 2).flatten(0, 1)
+    k_blocks, v_blocks = (
+        repeat_heads(t, heads).unfold(2, Q + halo, Q).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v)
+    )
+    mask = _window_mask(batch, length, keys, n, Q, window, reach, q.device)
+    out = _sdpa(q_blocks, k_blocks, v_blocks, mask)
+    return out.unflatten(0, (batch, n)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _window_mask(
+    batch: int, length: int, keys: int, n: int, Q: int, window: int, reach: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B·n, 1, Q, Q + W - 1) bool: at most W keys back, not before the first key, not before the own document."""
+    slot = torch.arange(n * Q, device=device).view(n, Q) + keys - length
+    own = torch.clamp(slot + 1, max=window)[None]  # keys that exist, the query included
+    if reach is not None:
+        own = torch.minimum(own, F.pad(reach, (0, n * Q - length), value=1).view(batch, n, Q))
+    back = torch.arange(Q, device=device)[:, None] + window - 1 - torch.arange(Q + window - 1, device=device)
+    visible = (back >= 0) & (back < own[..., None])  # (1 or B, n, Q, Q + W - 1)
+    return visible.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
