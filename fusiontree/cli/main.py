@@ -1,0 +1,61 @@
+"""`fusiontree <verb>`: the list of verbs, and the one place where an error becomes a line and an exit code."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fusiontree.cli import chat, data, demo, export, generate, info, prune, report, tokenizer, train
+from fusiontree.errors import FusionTreeError
+
+INPUT_ERROR = 2
+INTERRUPTED = 130
+
+GO_ON = {
+    "train": "run the same command again: it goes on from the last checkpoint in the run folder",
+    "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
+}
+START_AGAIN = "nothing half-written is left; run the same command again"
+
+
+class Verbs(TyperGroup):
+    """Errors about the input become one line and exit code 2; Ctrl-C says how to go on; bugs keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FusionTreeError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(INPUT_ERROR) from None
+        except KeyboardInterrupt as interruption:
+            how = str(interruption) or f"interrupted; {GO_ON.get(ctx.invoked_subcommand, START_AGAIN)}"
+            typer.echo(f"\n{how}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="fusiontree",
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
+    "generate.",
+)
+for verb in (demo, train, prune, export, generate, chat, info, report):
+    app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
+app.add_typer(tokenizer.app)
+app.add_typer(data.app)
+
+
+def main() -> None:
+    """Console script: text in and out is UTF-8 whatever the locale says."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    app()
+
+
+if __name__ == "__main__":
+    main()
