@@ -187,3 +187,23 @@ def test_both_readmes_have_the_same_shape() -> None:
 def test_every_shipped_config_is_named_in_the_readme() -> None:
     readme = READMES[0].read_text("utf-8")
     assert not [path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in readme]
+
+
+def test_every_gate_alarm_has_a_section_with_advice() -> None:
+    kinds = re.findall(r'"kind": "(\w+)"', (PACKAGE / "train" / "gate_monitor.py").read_text("utf-8"))
+    sections = re.findall(r"^### (\w+)$", (ROOT / "docs" / "gates.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert kinds and sorted(kinds) == sorted(sections)
+
+
+def test_settings_named_in_the_documents_exist() -> None:
+    from fusiontree.train.config import RunConfig, model_keys
+
+    for path in DOCUMENTS:
+        for name in re.findall(
+            r"`((?:training|gate_monitor|logging|system|model)\.[a-z_.]+)`", path.read_text("utf-8")
+        ):
+            section, _, rest = name.partition(".")
+            fields = RunConfig.model_fields[section].annotation.model_fields if section != "model" else None
+            for key in rest.split("."):
+                assert key in (fields if fields is not None else model_keys()), f"{path.name}: {name}"
+                fields = getattr(fields[key].annotation, "model_fields", {}) if fields is not None else {}
