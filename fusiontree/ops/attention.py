@@ -9,10 +9,14 @@ Shapes: B batch, H query heads, K key/value heads (H a multiple of K), L queries
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MaskMemo = dict[tuple, Tensor]
 _BLOCK_BUDGET = 1 << 22  # mask elements per batch row that one call may build for heads that see everything
 
 
@@ -24,19 +28,25 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, rea
     return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:
-    """q (B, H, L, P), k and v (B, K, S, P), S ≥ L → (B, H, L, P). `window` None: every earlier key; W: the last W keys."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None = None, masks: MaskMemo | None = None
+) -> Tensor:
+    """q (B, H, L, P), k and v (B, K, S, P), S ≥ L → (B, H, L, P). `window` None: every earlier key; W: the last W keys.
+
+    `masks` remembers masks between calls that have the same `reach`, as the layers of one forward pass do.
+    """
+    masks = {} if masks is None else masks
     length, keys = q.shape[2], k.shape[2]
     if window is not None and window < keys:
         if length == 1:
             k, v = k[:, :, -window:], v[:, :, -window:]
         else:
-            return _windowed(q, k, v, window, reach)
+            return _windowed(q, k, v, window, reach, masks)
     if reach is None and length == 1:
         return _sdpa(q, k, v)
     if reach is None and length == keys:
         return _sdpa(q, k, v, causal=True)
-    return _by_query_blocks(q, k, v, reach)
+    return _by_query_blocks(q, k, v, reach, masks)
 
 
 def repeat_heads(t: Tensor, heads: int) -> Tensor:
@@ -63,7 +73,17 @@ def _visible(length: int, keys: int, window: int | None, reach: Tensor | None, d
     return visible if reach is None else visible & (back < reach[:, None, :, None])
 
 
-def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None) -> Tensor:
+def _remembered(masks: MaskMemo, key: tuple, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
+    """The mask as an addend in the queries' dtype, the form every SDPA backend takes."""
+    mask = masks.get((*key, dtype))
+    if mask is None:
+        visible = build()
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+        masks[(*key, dtype)] = mask
+    return mask
+
+
+def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Masked attention over everything before, in blocks of queries, so that no mask grows as L²."""
     length, keys = q.shape[2], k.shape[2]
     size = max(1, min(length, _BLOCK_BUDGET // keys))
@@ -71,12 +91,16 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None) -> T
     for begin in range(0, length, size):
         end = min(begin + size, length)
         upto = keys - length + end
-        mask = _visible(end - begin, upto, None, None if reach is None else reach[:, begin:end], q.device)
+        block_reach = None if reach is None else reach[:, begin:end]
+        build = partial(_visible, end - begin, upto, None, block_reach, q.device)
+        # Only a mask that covers all queries is worth keeping: with several blocks they would add up to L².
+        memo = masks if size == length else {}
+        mask = _remembered(memo, ("all", length, keys), q.dtype, build)
         outputs.append(_sdpa(q[:, :, begin:end], k[:, :, :upto], v[:, :, :upto], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Blocks of Q queries, each with the Q + W - 1 keys it can see: work and memory grow as L·W."""
     batch, heads, length, size = q.shape
     keys = k.shape[2]
@@ -89,7 +113,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None
     k_blocks, v_blocks = (
         repeat_heads(t, heads).unfold(2, Q + halo, Q).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v)
     )
-    mask = _window_mask(batch, length, keys, n, Q, window, reach, q.device)
+    build = partial(_window_mask, batch, length, keys, n, Q, window, reach, q.device)
+    mask = _remembered(masks, ("window", window, length, keys), q.dtype, build)
     out = _sdpa(q_blocks, k_blocks, v_blocks, mask)
     return out.unflatten(0, (batch, n)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 

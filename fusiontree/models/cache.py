@@ -1,0 +1,291 @@
+"""The generation cache: convolution and SSM states, a sliding run of keys for local heads, a growing one for global heads.
+
+`HybridCacheLayer` holds all parts of one layer, so that fork, rollback, reorder, save and load move every part or none.
+Shapes: B batch, K key/value heads, S keys, P head size, W window, D channels of the convolution, N state.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from fusiontree.errors import CheckpointError
+from fusiontree.models.config import HybridConfig
+from fusiontree.models.segments import Progress
+
+_ROOM = 256  # spare slots of a key/value buffer, so that decoding appends in place
+
+
+def insert_past(past: Tensor, new: Tensor, pads: Tensor | None) -> Tensor:
+    """Join along dimension 1 with each row's past right before its first real token: [padding | past | tokens]."""
+    joined = torch.cat([past.to(new.dtype), new], dim=1)
+    if pads is None:
+        return joined
+    size = past.shape[1]
+    slot = torch.arange(joined.shape[1], device=new.device)[None]
+    pads = pads[:, None]
+    source = torch.where(slot < pads, slot + size, torch.where(slot < pads + size, slot - pads, slot))
+    return joined.gather(1, source.view(*source.shape, *[1] * (joined.ndim - 2)).expand_as(joined))
+
+
+class KVBuffer:
+    """Keys and values in order of time. With a window it shows the last W - 1 before the new ones; without, all."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.store: Tensor | None = None  # (2, B, K, capacity, P)
+        self.begin = 0
+        self.end = 0
+
+    def extend(self, k: Tensor, v: Tensor, pads: Tensor | None, keep_all: bool) -> tuple[Tensor, Tensor]:
+        """Add k and v (B, K, L, P); returns what the new queries may need, (B, K, S, P), the new ones last."""
+        if k.shape[2] == 1 and pads is None and not torch.is_grad_enabled() and self._append(k, v):
+            begin = self.begin if self.window is None else max(self.begin, self.end - self.window)
+            shown = self.store[:, :, :, begin : self.end]  # type: ignore[index]
+            return shown[0], shown[1]
+        joined = torch.stack([k, v])
+        past = self._past()
+        if past is not None:
+            flat = (t.flatten(0, 1).transpose(1, 2).unflatten(0, (2, -1)) for t in (past, joined))
+            rows = [insert_past(p, n, pads) for p, n in zip(*flat, strict=True)]
+            joined = torch.stack(rows).transpose(2, 3)
+        keep = joined.shape[3]
+        if self.window is not None:
+            keep = min(keep, self.window - 1 + (k.shape[2] if keep_all else 0))
+        self._hold(joined[:, :, :, joined.shape[3] - keep :])
+        return joined[0], joined[1]
+
+    def tensors(self) -> Tensor | None:
+        """All that is held, (2, B, K, S, P)."""
+        return None if self.store is None else self.store[:, :, :, self.begin : self.end]
+
+    def replace(self, tensors: Tensor | None) -> None:
+        if tensors is None:
+            self.store, self.begin, self.end = None, 0, 0
+        else:
+            self._hold(tensors)
+
+    def drop_last(self, count: int) -> None:
+        self.end -= count
+
+    def _past(self) -> Tensor | None:
+        held = self.tensors()
+        if held is None or self.window is None:
+            return held
+        keep = min(held.shape[3], self.window - 1)
+        return held[:, :, :, held.shape[3] - keep :]
+
+    def _append(self, k: Tensor, v: Tensor) -> bool:
+        if self.store is None or self.store.dtype != k.dtype:
+            return False
+        if self.end == self.store.shape[3]:
+            self._hold(self._past())  # type: ignore[arg-type]
+        self.store[0, :, :, self.end] = k[:, :, 0]
+        self.store[1, :, :, self.end] = v[:, :, 0]
+        self.end += 1
+        return True
+
+    def _hold(self, tensors: Tensor) -> None:
+        """Own a copy with room to grow; under grad the tensors themselves, so that gradients flow through the cache."""
+        self.begin, self.end = 0, tensors.shape[3]
+        if tensors.requires_grad:
+            self.store = tensors
+            return
+        room = max(_ROOM, self.end // 4) if self.window is None else max(_ROOM, self.window)
+        self.store = tensors.new_empty(*tensors.shape[:3], self.end + room, tensors.shape[4])
+        self.store[:, :, :, : self.end] = tensors
+
+
+class HybridCacheLayer(CacheLayerMixin):
+    """All state of one layer. `progress` is kept in the first layer of a cache and describes the rows of all."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.conv_state: Tensor | None = None  # (B, D, K-1)
+        self.ssm_state: Tensor | None = None  # (B, H, P, N) fp32
+        self.local = KVBuffer(window)
+        self.everywhere = KVBuffer(None)
+        self.progress = Progress()
+        self.record_past = False
+        self.undo: Callable[[int], tuple[Tensor, Tensor]] | None = None  # states after the first n tokens of the last forward
+        self.undo_progress: Callable[[int], Progress] | None = None
+        self.undo_length = 0
+
+    # Every part, by name: fork, reorder, save and load are written over this one list.
+    def parts(self) -> dict[str, Tensor | None]:
+        return {
+            "conv_state": self.conv_state,
+            "ssm_state": self.ssm_state,
+            "local": self.local.tensors(),
+            "global": self.everywhere.tensors(),
+            "age": self.progress.age,
+            "position": self.progress.position,
+            "seq_idx": self.progress.seq_idx,
+        }
+
+    def set_parts(self, parts: dict[str, Tensor | None], seen: int, dense: bool) -> None:
+        self.conv_state, self.ssm_state = parts["conv_state"], parts["ssm_state"]
+        self.local.replace(parts["local"])
+        self.everywhere.replace(parts["global"])
+        self.progress = Progress(seen, parts["age"], parts["position"], parts["seq_idx"], dense)
+        self.is_initialized = any(t is not None for t in parts.values())
+
+    def fork(self) -> HybridCacheLayer:
+        """An independent copy: neither sees what the other does later."""
+        twin = copy.copy(self)
+        twin.local, twin.everywhere = KVBuffer(self.local.window), KVBuffer(None)
+        twin.set_parts(self.parts(), self.progress.seen, self.progress.dense)
+        return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        batch_dim = {"local": 1, "global": 1}
+        moved = {
+            name: None if t is None else t.index_select(batch_dim.get(name, 0), indices.to(t.device))
+            for name, t in self.parts().items()
+        }
+        self.set_parts(moved, self.progress.seen, self.progress.dense)
+        self._forget_undo()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = self._rows()
+        if rows is not None:
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.set_parts(dict.fromkeys(self.parts()), 0, True)
+        self._forget_undo()
+
+    def activate_past_recording(self) -> None:
+        """From now on the last forward's tokens can be taken back with `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last |n| tokens, which must all be of the last forward; 0 only forgets how to."""
+        count = abs(tokens_to_remove)
+        if count == 0:
+            self._forget_undo()
+            return
+        if not self.record_past or count > self.undo_length:
+            raise ValueError(
+                f"cannot take back {count} tokens: {self.undo_length if self.record_past else 0} of the last forward are "
+                "recorded (call activate_past_recording() on the cache before that forward)"
+            )
+        kept = self.undo_length - count
+        if self.undo is not None:
+            self.conv_state, self.ssm_state = self.undo(kept)
+        for buffer in (self.local, self.everywhere):
+            if buffer.store is not None:
+                buffer.drop_last(count)
+        if self.undo_progress is not None:
+            self.progress = self.undo_progress(kept)
+        self._forget_undo()
+
+    def _forget_undo(self) -> None:
+        self.undo, self.undo_progress, self.undo_length = None, None, 0
+
+    def _rows(self) -> Tensor | None:
+        for name, t in self.parts().items():
+            if t is not None:
+                return torch.arange(t.shape[1 if name in ("local", "global") else 0], device=t.device)
+        return None
+
+    # What transformers' Cache asks of a layer. Mixers write the parts directly, so there is no `update`.
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError("HybridCacheLayer is written by FusionTree's mixers, not by update()")
+
+    def get_seq_length(self) -> int:
+        return self.progress.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.progress.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.20
+
+    @property
+    def batch_size(self) -> int:
+        rows = self._rows()
+        return -1 if rows is None else len(rows)
+
+
+class HybridCache(Cache):
+    """A cache for `HybridLanguageModel`: `HybridCache(model.config)`, or leave it to `generate`."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(layers=[HybridCacheLayer(spec.sliding_window) for spec in config.layer_specs])
+        self.layout = json.dumps([config.layers, config.hidden_size, config.num_key_value_heads, config.mamba_d_state])
+
+    @property
+    def progress(self) -> Progress:
+        return self.layers[0].progress
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.progress.seen > 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.progress.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last |n| tokens, all of them from the last forward; see `activate_past_recording`."""
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+    def fork(self) -> HybridCache:
+        """An independent copy of every part."""
+        twin = copy.copy(self)
+        twin.layers = [layer.fork() for layer in self.layers]
+        return twin
+
+    def state_bytes(self) -> int:
+        """Bytes of everything held, without the spare room of the buffers."""
+        return sum(t.numel() * t.element_size() for _, t in self._named_parts())
+
+    def save(self, path: str | Path) -> None:
+        """Write every part to one safetensors file."""
+        meta = {"layout": self.layout, "seen": str(self.progress.seen), "dense": str(int(self.progress.dense))}
+        save_file({name: t.detach().contiguous() for name, t in self._named_parts()}, str(path), metadata=meta)
+
+    def load(self, path: str | Path, device: torch.device | str = "cpu") -> HybridCache:
+        """Read what `save` wrote for a model of the same layout; returns self."""
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a readable cache file ({error})") from None
+        if meta.get("layout") != self.layout:
+            raise CheckpointError(f"{path}: this cache belongs to a model with other layers or sizes")
+        for i, layer in enumerate(self.layers):
+            parts = {name: tensors.get(f"{i}.{name}") for name in layer.parts()}
+            layer.set_parts(parts, int(meta["seen"]), meta["dense"] == "1")
+        return self
+
+    def _named_parts(self) -> Iterator[tuple[str, Tensor]]:
+        for i, layer in enumerate(self.layers):
+            for name, t in layer.parts().items():
+                if t is not None:
+                    yield f"{i}.{name}", t

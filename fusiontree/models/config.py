@@ -1,0 +1,187 @@
+"""`HybridConfig`: sizes and choices of a model, with one entry per layer.
+
+The per-layer list makes FusionTree, its pruned exports, a LLaMA-like transformer and a pure Mamba the same class with
+other data. An entry names the block form, the mixers in it, and what differs there from the model-wide settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from fusiontree.errors import ConfigError
+
+MIXERS = ("mamba", "attention")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm_placement": ("post", "pre", "sandwich"),
+    "srte": ("sincos", "learned", "low_rank", "none"),
+    "mlp_type": ("mlp", "swiglu", "none"),
+    "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu", "relu"),
+    "checkpointing": ("branches", "block"),
+}
+_POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "rope_theta", "mamba_d_state", "mamba_d_conv", "mamba_head_dim", "mamba_n_groups",
+    "mamba_chunk_size", "mamba_expand", "srte_rank", "gate_rank", "norm_eps", "intermediate_size",
+)  # fmt: skip
+_WHOLE = set(_POSITIVE) - {"rope_theta", "mamba_expand", "norm_eps"}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer, all defaults resolved."""
+
+    block: str  # "hybrid": the branches side by side, fused by the gate; "sequential": mixer, then MLP
+    mixers: tuple[str, ...]
+    sliding_window: int | None  # keys a local head sees, the query included; None: every head is global
+    global_heads: int
+
+
+class HybridConfig(PreTrainedConfig):
+    """Configuration of `HybridLanguageModel`.
+
+    Attention: `num_attention_heads` heads of which the first `global_heads` see everything and the rest the last
+    `sliding_window` keys. Mamba: inner width `mamba_expand * hidden_size`, in heads of `mamba_head_dim`. SRTE: the time
+    encoding added to the Mamba branch. `layers`: one dict per layer with any of block, mixers, sliding_window,
+    global_heads; left out, every layer is a FusionTree block.
+    """
+
+    model_type = "fusiontree"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = 256
+    global_heads: int = 1
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+
+    mamba_d_state: int = 64
+    mamba_d_conv: int = 4
+    mamba_expand: float = 2.0
+    mamba_head_dim: int = 64
+    mamba_n_groups: int = 1
+    mamba_chunk_size: int = 64
+    mamba_dt_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
+
+    srte: str = "sincos"
+    srte_rank: int = 128
+    srte_shared: bool = True
+    gate_rank: int = 64
+
+    norm_placement: str = "post"
+    norm_eps: float = 1e-6
+    mlp_type: str = "mlp"
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+
+    drop_branch_prob: float = 0.0
+    checkpointing: str = "branches"
+    layers: list[dict[str, Any]] | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, default in (
+            ("num_key_value_heads", self.num_attention_heads),
+            ("head_dim", self.hidden_size // max(1, self.num_attention_heads)),
+            ("intermediate_size", 2 * self.hidden_size),
+        ):
+            if getattr(self, name) is None:
+                if name == "head_dim":
+                    _require_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+                setattr(self, name, default)
+        super().__post_init__(**kwargs)
+        _check_values(self)
+        self.layers = _fill_layers(self)
+        self._check_mixers()
+
+    @property
+    def layer_specs(self) -> list[LayerSpec]:
+        """The layers with every default resolved."""
+        return [
+            LayerSpec(entry["block"], tuple(entry["mixers"]), entry["sliding_window"], entry["global_heads"])
+            for entry in self.layers or []
+        ]
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Channels inside the Mamba branch."""
+        return round(self.mamba_expand * self.hidden_size)
+
+    @property
+    def mamba_num_heads(self) -> int:
+        return self.mamba_inner_size // self.mamba_head_dim
+
+    def _check_mixers(self) -> None:
+        mixers = {name for spec in self.layer_specs for name in spec.mixers}
+        if "attention" in mixers:
+            _require_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
+            if self.head_dim % 2:
+                raise ConfigError(f"head_dim={self.head_dim}: must be even, RoPE turns pairs of channels")
+        if "mamba" in mixers:
+            _require_divides("mamba_head_dim", self.mamba_head_dim, "mamba_expand * hidden_size", self.mamba_inner_size)
+            _require_divides("mamba_n_groups", self.mamba_n_groups, "the number of Mamba heads", self.mamba_num_heads)
+
+
+def _require_divides(what: str, value: Any, of_what: str, of: Any) -> None:
+    if value < 1 or of % value:
+        raise ConfigError(f"{what}={value}: must divide {of_what}={of}")
+
+
+def _check_values(config: HybridConfig) -> None:
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: must be one of {', '.join(allowed)}")
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else (int, float)) or value <= 0:
+            raise ConfigError(f"{name}={value!r}: must be a positive {'whole ' if name in _WHOLE else ''}number")
+    if not 0.0 <= config.drop_branch_prob < 1.0:
+        raise ConfigError(f"drop_branch_prob={config.drop_branch_prob!r}: must be at least 0 and below 1")
+
+
+def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
+    """The per-layer list with model-wide settings filled in where an entry is silent."""
+    default = {
+        "block": "hybrid",
+        "mixers": list(MIXERS),
+        "sliding_window": config.sliding_window,
+        "global_heads": config.global_heads,
+    }
+    entries = config.layers if config.layers is not None else [{} for _ in range(config.num_hidden_layers)]
+    if len(entries) != config.num_hidden_layers:
+        raise ConfigError(f"layers: {len(entries)} entries, but num_hidden_layers={config.num_hidden_layers}")
+    filled = []
+    for i, entry in enumerate(entries):
+        unknown = set(entry) - set(default)
+        if unknown:
+            raise ConfigError(f"layers[{i}]: unknown key {sorted(unknown)[0]!r}; allowed: {', '.join(default)}")
+        filled.append(_check_layer({**default, **entry}, i, config.num_attention_heads))
+    return filled
+
+
+def _check_layer(layer: dict[str, Any], i: int, heads: int) -> dict[str, Any]:
+    mixers = list(layer["mixers"])
+    if layer["block"] not in ("hybrid", "sequential"):
+        raise ConfigError(f"layers[{i}].block={layer['block']!r}: must be hybrid or sequential")
+    if not mixers or len(set(mixers)) != len(mixers) or set(mixers) - set(MIXERS):
+        raise ConfigError(f"layers[{i}].mixers={mixers!r}: must name mamba, attention or both, each once")
+    if layer["block"] == "sequential" and len(mixers) != 1:
+        raise ConfigError(f"layers[{i}].mixers={mixers!r}: a sequential block has exactly one")
+    window, global_heads = layer["sliding_window"], layer["global_heads"]
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ConfigError(f"layers[{i}].sliding_window={window!r}: must be a whole number of keys ≥ 1, or null for no window")
+    if isinstance(global_heads, bool) or not isinstance(global_heads, int) or not 0 <= global_heads <= heads:
+        raise ConfigError(f"layers[{i}].global_heads={global_heads!r}: must be between 0 and num_attention_heads={heads}")
+    return {**layer, "mixers": sorted(mixers, key=MIXERS.index)}

@@ -1,0 +1,148 @@
+"""The two block forms. `HybridBlock` is FusionTree's (SPEC M1); `SequentialBlock` is the usual mixer-then-MLP layer.
+
+Shapes: B batch, L tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fusiontree.models.cache import HybridCacheLayer
+from fusiontree.models.config import HybridConfig, LayerSpec
+from fusiontree.models.fusion import Alignment, GateLowRank, fuse
+from fusiontree.models.local_global_attn import LocalGlobalAttention
+from fusiontree.models.mamba_block import MambaBlock
+from fusiontree.models.mlp import build_mlp
+from fusiontree.models.norms import RMSNorm
+from fusiontree.models.positions import Positions
+from fusiontree.models.segments import Segments
+from fusiontree.models.srte import SRTE
+
+_RMS_STRIDE = 8  # every 8th token serves for the watched branch norms
+
+
+@dataclass
+class LayerOutput:
+    """What a block hands on: hidden states (B, L, H), and what is watched when asked for."""
+
+    hidden: Tensor
+    gate: Tensor | None = None  # (B, L, H), with gradient
+    branch_rms: Tensor | None = None  # (2,) fp32: Mamba, attention
+
+
+def build_mixers(config: HybridConfig, spec: LayerSpec) -> nn.ModuleDict:
+    """The layer's mixers by name, Mamba first."""
+    build = {"mamba": lambda: MambaBlock(config), "attention": lambda: LocalGlobalAttention(config, spec)}
+    return nn.ModuleDict({name: build[name]() for name in spec.mixers})
+
+
+class HybridBlock(nn.Module):
+    """Both branches read norm(x) side by side (Mamba with the time encoding added), are aligned and fused by the gate:
+
+    y = x + fusion_proj(g·h_mamba + (1-g)·h_attn) + mlp(a). Placement `post` norms y, `sandwich` norms what is added,
+    `pre` neither. A pruned block has one mixer; its other branch counts as zero.
+    """
+
+    def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.placement = config.norm_placement
+        self.norm = RMSNorm(hidden, eps)
+        self.mixers = build_mixers(config, spec)
+        self.srte = None if config.srte_shared or config.srte == "none" or "mamba" not in spec.mixers else SRTE(config)
+        self.alignment = Alignment(config, spec.mixers)
+        self.gate = GateLowRank(config)
+        self.fusion_proj = nn.Linear(hidden, hidden, bias=False)
+        self.mlp = build_mlp(config)
+        self.out_norm = RMSNorm(hidden, eps) if self.placement != "pre" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        segments: Segments,
+        cache: HybridCacheLayer | None = None,
+        removed: str | None = None,
+        recompute_branches: bool = False,
+        watch: bool = False,
+    ) -> LayerOutput:
+        """`removed`: a branch whose output counts as zero; `recompute_branches`: selective checkpointing."""
+        z = self.norm(x)
+        if recompute_branches:
+            branches = checkpoint(self._branches, z, positions, segments, cache, removed, use_reentrant=False)
+        else:
+            branches = self._branches(z, positions, segments, cache, removed)
+        a = self.alignment(branches)
+        gate = self.gate(a)
+        update = self.fusion_proj(fuse(gate, branches))
+        if self.mlp is not None:
+            update = update + self.mlp(a)
+        y = self._join(x, update)
+        if not watch or len(branches) < 2:
+            return LayerOutput(y)
+        return LayerOutput(y, gate, _rms(branches))
+
+    def _branches(
+        self, z: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None, removed: str | None
+    ) -> dict[str, Tensor]:
+        branches = {}
+        for name, mixer in self.mixers.items():
+            if name == removed:
+                branches[name] = torch.zeros_like(z)
+            else:
+                branches[name] = mixer(self._with_time(z, positions) if name == "mamba" else z, positions, segments, cache)
+        return branches
+
+    def _with_time(self, z: Tensor, positions: Positions) -> Tensor:
+        encoded = positions.srte if self.srte is None else self.srte(positions.ids, positions.longest)
+        return z if encoded is None else z + encoded.to(z.dtype)
+
+    def _join(self, x: Tensor, update: Tensor) -> Tensor:
+        if self.placement == "sandwich":
+            return x + self.out_norm(update)  # type: ignore[misc]
+        return x + update if self.out_norm is None else self.out_norm(x + update)
+
+
+class SequentialBlock(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): LLaMA-like with attention, plain Mamba without the MLP."""
+
+    def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.mixers = build_mixers(config, spec)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = build_mlp(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.mlp is not None else None
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Positions,
+        segments: Segments,
+        cache: HybridCacheLayer | None = None,
+        removed: str | None = None,
+        recompute_branches: bool = False,
+        watch: bool = False,
+    ) -> LayerOutput:
+        (mixer,) = self.mixers.values()
+        z = self.norm(x)
+        if recompute_branches:
+            x = x + checkpoint(mixer, z, positions, segments, cache, use_reentrant=False)
+        else:
+            x = x + mixer(z, positions, segments, cache)
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))  # type: ignore[misc]
+        return LayerOutput(x)
+
+
+def build_block(config: HybridConfig, spec: LayerSpec) -> nn.Module:
+    """The block that a layer's entry names."""
+    return {"hybrid": HybridBlock, "sequential": SequentialBlock}[spec.block](config, spec)
+
+
+@torch.no_grad()
+def _rms(branches: dict[str, Tensor]) -> Tensor:
+    return torch.stack([branches[name][:, ::_RMS_STRIDE].float().square().mean().sqrt() for name in ("mamba", "attention")])

@@ -1,0 +1,337 @@
+"""`HybridLanguageModel`: a stack of blocks described by the config's layer list, as a transformers causal language model.
+
+Shapes: B batch, L tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput, can_return_tuple
+
+from fusiontree.errors import PlanError
+from fusiontree.models.cache import HybridCache
+from fusiontree.models.config import HybridConfig
+from fusiontree.models.hybrid_block import LayerOutput, build_block
+from fusiontree.models.init import init_module, mark_no_weight_decay
+from fusiontree.models.norms import RMSNorm, compute_dtype
+from fusiontree.models.positions import Positions, RotaryTable
+from fusiontree.models.segments import Segments, lay_out, normal_order
+from fusiontree.models.srte import SRTE
+
+
+@dataclass
+class HybridOutput(ModelOutput):
+    """Output of `HybridLanguageModel`; see its `forward`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    gates: tuple[Tensor | None, ...] | None = None
+    branch_rms: tuple[Tensor | None, ...] | None = None
+
+
+@dataclass
+class _Stack:
+    """What the stack of blocks returns."""
+
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    outputs: list[LayerOutput]
+    document_starts: Tensor | None  # (B, L) bool, in the caller's order
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config_class = HybridConfig
+    config: HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridBlock", "SequentialBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init_module(module, self.config)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        specs = config.layer_specs
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        shared_srte = config.srte != "none" and config.srte_shared and any("mamba" in s.mixers and s.block == "hybrid" for s in specs)
+        self.srte = SRTE(config) if shared_srte else None
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.uses_attention = any("attention" in spec.mixers for spec in specs)
+        self.layers = nn.ModuleList(build_block(config, spec) for spec in specs)
+        # A post-normed block already ends in a norm.
+        ends_normed = config.norm_placement == "post" and specs[-1].block == "hybrid"
+        self.norm = None if ends_normed else RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.removed_branches: dict[int, str] = {}
+        self.branch_dropout_seed: int | None = None
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        keep_hidden: bool = False,
+        watch: bool = False,
+    ) -> _Stack:
+        """inputs_embeds (B, L, H); attention_mask (B, past + L), 0 at padding anywhere; position_ids (B, L) restart at 0
+        at each document; seq_idx (B, L) names documents. A warm `past_key_values` is continued and advanced."""
+        x, batch_shape = inputs_embeds, inputs_embeds.shape[:2]
+        valid = _valid_tokens(attention_mask, batch_shape[1])
+        position_ids, seq_idx = (_per_row(t, batch_shape) for t in (position_ids, seq_idx))
+        order = None if valid is None else normal_order(valid)
+        if order is not None:
+            x = x.gather(1, order[..., None].expand_as(x))
+            valid, position_ids, seq_idx = (None if t is None else t.gather(1, order) for t in (valid, position_ids, seq_idx))
+        positions, segments = self._lay_out(x, valid, position_ids, seq_idx, past_key_values)
+        x, hidden_states, outputs = self._run_layers(x, positions, segments, past_key_values, keep_hidden, watch)
+        starts = segments.starts
+        if order is not None:
+            x, starts, hidden_states = _restore_order(order, x, starts, hidden_states, outputs)
+        return _Stack(x, hidden_states, outputs, starts)
+
+    def _run_layers(
+        self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCache | None, keep_hidden: bool, watch: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[LayerOutput]]:
+        removed = {**self._dropped_branches(), **self.removed_branches}
+        recomputes = self.gradient_checkpointing and self.training
+        kept = [x] if keep_hidden else None
+        outputs = []
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            arguments = (x, positions, segments, layer_cache, removed.get(i))
+            if recomputes and self.config.checkpointing == "block":
+                out = torch.utils.checkpoint.checkpoint(block, *arguments, watch=watch, use_reentrant=False)
+            else:
+                out = block(*arguments, recompute_branches=recomputes, watch=watch)
+            x = out.hidden
+            outputs.append(out)
+            if kept is not None:
+                kept.append(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if kept is not None:
+            kept[-1] = x  # transformers' convention: the last one is what the head sees
+        return x, None if kept is None else tuple(kept), outputs
+
+    def _lay_out(
+        self, x: Tensor, valid: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None, cache: HybridCache | None
+    ) -> tuple[Positions, Segments]:
+        batch, length = x.shape[:2]
+        past = None if cache is None else cache.progress
+        ids, segments, after = lay_out(batch, length, x.device, valid, position_ids, seq_idx, past)
+        if cache is not None:
+            assert past is not None
+            _record_progress(cache, past, after, partial(_progress_after, x.device, valid, position_ids, seq_idx, past, batch))
+        bound = (0 if past is None else past.seen) + length
+        longest = bound if position_ids is None else max(bound, int(ids.max()) + 1)
+        positions = Positions(ids, longest)
+        if self.uses_attention:
+            positions.rotary = self.rotary.lookup(ids, longest, compute_dtype(x))
+        if self.srte is not None:
+            positions.srte = self.srte(ids, longest)
+        return positions, segments
+
+    def _dropped_branches(self) -> dict[int, str]:
+        """Which branch each layer does without in this training step; one draw per step, the same on every rank."""
+        probability = self.config.drop_branch_prob
+        if not self.training or probability == 0.0:
+            return {}
+        generator = None
+        if self.branch_dropout_seed is not None:
+            generator = torch.Generator().manual_seed(self.branch_dropout_seed)
+        draws = torch.rand(len(self.layers), 2, generator=generator).tolist()
+        return {
+            i: "mamba" if side < 0.5 else "attention"
+            for i, (drop, side) in enumerate(draws)
+            if drop < probability and len(self.layers[i].mixers) == 2
+        }
+
+
+class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
+    """A causal language model of FusionTree blocks (or any layer list); use it as any transformers model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        mark_no_weight_decay(self)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gates: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> HybridOutput:
+        """Logits, and with `labels` the mean cross entropy over labels that are not -100.
+
+        input_ids (B, L) or inputs_embeds (B, L, H). attention_mask (B, past + L): padding on either side or between.
+        Packed rows: position_ids (B, L) restart at 0 at each document (or seq_idx names them): nothing crosses, neither
+        attention nor states nor the loss. labels (B, L) are unshifted. With `output_gates`, `gates` holds each layer's
+        gate (B, L, H) with its gradient, 1 all Mamba and 0 all attention, None where a layer has one branch;
+        `branch_rms` the detached root mean square (2,) of each branch's output. logits_to_keep: only the last n logits.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        cache = self._cache_for(past_key_values, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        stack = self.model(
+            inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(stack.hidden[:, rows])
+        loss = None if labels is None else _next_token_loss(logits, labels, stack.document_starts, kwargs.get("num_items_in_batch"))
+        return HybridOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=stack.hidden_states,
+            gates=tuple(out.gate for out in stack.outputs) if output_gates else None,
+            branch_rms=tuple(out.branch_rms for out in stack.outputs) if output_gates else None,
+        )
+
+    @property
+    def removed_branches(self) -> dict[int, str]:
+        """Layer index → branch that is masked now."""
+        return self.model.removed_branches
+
+    @contextmanager
+    def branches_removed(self, removed: dict[int, str]) -> Iterator[None]:
+        """Within the context the named branches output zero, all else as it is: what an export without them computes."""
+        for i, branch in removed.items():
+            if not 0 <= i < len(self.model.layers) or branch not in self.model.layers[i].mixers:
+                raise PlanError(f"layer {i} has no branch {branch!r} to remove; the model has {len(self.model.layers)} layers")
+            if len(self.model.layers[i].mixers) == 1:
+                raise PlanError(f"layer {i} has only its {branch} branch left; at least one must stay")
+        before = self.model.removed_branches
+        self.model.removed_branches = {**before, **removed}
+        try:
+            yield
+        finally:
+            self.model.removed_branches = before
+
+    @property
+    def branch_dropout_seed(self) -> int | None:
+        """Seed of the next steps' branch dropout; None draws from torch's default generator."""
+        return self.model.branch_dropout_seed
+
+    @branch_dropout_seed.setter
+    def branch_dropout_seed(self, seed: int | None) -> None:
+        self.model.branch_dropout_seed = seed
+
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None) -> HybridCache | None:
+        if cache is None:
+            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+            recomputes = self.model.gradient_checkpointing and self.training
+            return HybridCache(self.config) if wanted and not recomputes else None
+        if not isinstance(cache, HybridCache):
+            if cache.get_seq_length() > 0:
+                raise TypeError(f"past_key_values must be a fusiontree HybridCache, not a filled {type(cache).__name__}")
+            return HybridCache(self.config)
+        return cache
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(self.config)
+
+
+def _per_row(t: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if t is None else t.expand(shape)
+
+
+def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(B, L) bool for the new tokens, None when all are real. Any integer, bool or float mask of 0 and 1 will do."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be (batch, past + {length}) with 0 at padding, not {tuple(attention_mask.shape)}")
+    valid = attention_mask[:, -length:] != 0
+    return None if bool(valid.all()) else valid
+
+
+def _restore_order(
+    order: Tensor, x: Tensor, starts: Tensor | None, hidden_states: tuple[Tensor, ...] | None, outputs: list[LayerOutput]
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """Back from padding-first to the caller's order of tokens."""
+    back = torch.argsort(order, dim=1)
+
+    def restore(t: Tensor) -> Tensor:
+        return t.gather(1, back if t.ndim == 2 else back[..., None].expand_as(t))
+
+    for out in outputs:
+        out.gate = None if out.gate is None else restore(out.gate)
+    kept = None if hidden_states is None else tuple(restore(h) for h in hidden_states)
+    return restore(x), None if starts is None else restore(starts), kept
+
+
+def _record_progress(cache: HybridCache, before: Any, after: Any, progress_after: Any) -> None:
+    first = cache.layers[0]
+    first.progress = after
+    for layer in cache.layers:
+        layer.is_initialized = True
+        if layer.record_past:
+            layer.undo_length = after.seen - before.seen
+    first.undo_progress = progress_after if first.record_past else None
+
+
+def _progress_after(
+    device: torch.device, valid: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None, past: Any, batch: int, kept: int
+) -> Any:
+    """The progress had only the first `kept` tokens come."""
+    if kept == 0:
+        return past
+    valid, position_ids, seq_idx = (None if t is None else t[:, :kept] for t in (valid, position_ids, seq_idx))
+    return lay_out(batch, kept, device, valid, position_ids, seq_idx, past)[2]
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, starts: Tensor | None, count: Any) -> Tensor:
+    """Mean cross entropy of each token given those before it, never across the start of a document."""
+    targets = labels[:, 1:]
+    if starts is not None:
+        targets = targets.masked_fill(starts[:, 1:], -100)
+    flat = logits[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
+    if count is None:
+        count = (targets != -100).sum().clamp_min(1)
+    return total / count
+
+
+AutoConfig.register("fusiontree", HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridLanguageModel)

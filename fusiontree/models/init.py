@@ -1,0 +1,67 @@
+"""Weight initialisation, all of it.
+
+parameter                        distribution
+embeddings, linear layers        N(0, initializer_range)
+projections into the residual    N(0, initializer_range / sqrt(2 · layers))
+gate D                           N(0, initializer_range / 10): the gate starts near 0.5
+norm weights                     1
+conv weight, bias                U(-1/sqrt(K), 1/sqrt(K))           (PyTorch's default for a depthwise convolution)
+A_log                            log U(1, 16)                        (Mamba-2)
+dt_bias                          softplus⁻¹ of log-uniform [1e-3, 0.1]
+D                                1
+SRTE scale                       0.1; tables as embeddings
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from fusiontree.models.config import HybridConfig
+from fusiontree.models.fusion import GateLowRank
+from fusiontree.models.mamba_block import MambaBlock
+from fusiontree.models.norms import GatedRMSNorm, RMSNorm
+from fusiontree.models.srte import SRTE
+
+_INTO_RESIDUAL = ("o_proj", "out_proj", "down_proj", "fusion_proj")
+_DT_MIN, _DT_MAX = 1e-3, 0.1
+
+
+def init_module(module: nn.Module, config: HybridConfig) -> None:
+    """Initialise the module's own parameters, as the table says. Called for every module, inner ones first."""
+    std = config.initializer_range
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        init.normal_(module.weight, mean=0.0, std=std)
+    if isinstance(module, (RMSNorm, GatedRMSNorm)):
+        init.ones_(module.weight)
+    if isinstance(module, SRTE) and module.kind == "sincos":
+        init.constant_(module.scale, 0.1)
+    if isinstance(module, GateLowRank):
+        init.normal_(module.D.weight, mean=0.0, std=std / 10)
+    if isinstance(module, MambaBlock):
+        _init_mamba(module)
+    for name, child in module.named_children():
+        if name in _INTO_RESIDUAL:
+            init.normal_(child.weight, mean=0.0, std=std / math.sqrt(2 * config.num_hidden_layers))
+
+
+def _init_mamba(module: MambaBlock) -> None:
+    bound = 1 / math.sqrt(module.conv_weight.shape[1])
+    init.uniform_(module.conv_weight, -bound, bound)
+    init.uniform_(module.conv_bias, -bound, bound)
+    init.ones_(module.D)
+    heads = module.heads
+    init.copy_(module.A_log, torch.empty(heads).uniform_(1, 16).log())
+    dt = torch.exp(torch.empty(heads).uniform_(math.log(_DT_MIN), math.log(_DT_MAX)))
+    init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+
+
+def mark_no_weight_decay(model: nn.Module) -> None:
+    """Set `_no_weight_decay` on every parameter that decay (and Muon) must leave alone: all but weight matrices."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in embeddings or name.endswith("conv_weight"):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]

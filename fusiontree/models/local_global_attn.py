@@ -1,0 +1,75 @@
+"""The attention branch: the first heads see everything, the others the last W keys, the query included.
+
+Shapes: B batch, L tokens, D hidden, H query heads, K key/value heads, P head size, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusiontree.models.cache import HybridCacheLayer, KVBuffer
+from fusiontree.models.config import HybridConfig, LayerSpec
+from fusiontree.models.positions import Positions, rotate
+from fusiontree.models.segments import Segments
+from fusiontree.ops import attention
+
+
+class LocalGlobalAttention(nn.Module):
+    """(B, L, D) → (B, L, D). MHA, GQA or MQA by `num_key_value_heads`; RoPE inside."""
+
+    def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.window = spec.sliding_window
+        self.global_heads = self.heads if spec.sliding_window is None else spec.global_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None = None
+    ) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        assert positions.rotary is not None
+        q, k = rotate(qk, positions.rotary).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
+        v = v.transpose(1, 2)
+        outputs = [
+            self._group(q, k, v, segments, cache, heads, window)
+            for heads, window in (
+                (range(self.global_heads), None),
+                (range(self.global_heads, self.heads), self.window),
+            )
+            if len(heads)
+        ]
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _group(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        cache: HybridCacheLayer | None,
+        heads: range,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of neighbouring query heads that share a window: (B, len(heads), L, P)."""
+        k, v = self._keys_of(k, heads), self._keys_of(v, heads)
+        if cache is not None:
+            buffer: KVBuffer = cache.everywhere if window is None else cache.local
+            k, v = buffer.extend(k, v, segments.pads, cache.record_past)
+        q = q[:, heads.start : heads.stop]
+        if q.shape[1] % k.shape[1]:
+            shares = self.heads // self.kv_heads
+            index = torch.tensor([h // shares - heads.start // shares for h in heads], device=k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
+        return attention(q, k, v, window, segments.reach, segments.masks)
+
+    def _keys_of(self, t: Tensor, heads: range) -> Tensor:
+        """The key/value heads that these query heads use."""
+        shares = self.heads // self.kv_heads
+        return t[:, heads.start // shares : (heads.stop - 1) // shares + 1]

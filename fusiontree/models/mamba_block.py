@@ -1,0 +1,113 @@
+"""The Mamba-2 branch: projection to (z, x, B, C, dt), causal convolution, chunked scan, gated norm, output projection.
+
+Shapes: B batch, L tokens, D hidden, E inner width, H heads, P head size (E = H·P), G groups, N state, K conv width.
+Follows Dao & Gu 2024 (arXiv:2405.21060), with the layout of the projections as in mamba-ssm and transformers' Mamba2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusiontree.models.cache import HybridCacheLayer, insert_past
+from fusiontree.models.config import HybridConfig
+from fusiontree.models.norms import GatedRMSNorm
+from fusiontree.models.positions import Positions
+from fusiontree.models.segments import Segments
+from fusiontree.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
+
+
+class MambaBlock(nn.Module):
+    """(B, L, D) → (B, L, D). State: the last K-1 inputs of the convolution and the SSM state in fp32."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.inner = config.mamba_inner_size
+        self.heads = config.mamba_num_heads
+        self.groups = config.mamba_n_groups
+        self.state_size = config.mamba_d_state
+        self.chunk_size = config.mamba_chunk_size
+        self.dt_limit = tuple(config.mamba_dt_limit)
+        self.channels = self.inner + 2 * self.groups * self.state_size
+        self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.channels, config.mamba_d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(self.channels))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm(self.inner, self.groups, config.norm_eps)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None = None
+    ) -> Tensor:
+        z, xbc, dt = self.in_proj(x).split([self.inner, self.channels, self.heads], dim=-1)
+        dt = self._step_sizes(dt)
+        if segments.valid is not None:
+            xbc, dt = xbc * segments.valid[..., None], dt * segments.valid[..., None]
+        y = self._decode(xbc, dt, cache) if _is_step(xbc, segments, cache) else self._scan(xbc, dt, segments, cache)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        low, high = self.dt_limit
+        return dt.clamp(low, high) if (low, high) != (0.0, float("inf")) else dt
+
+    def _scan(self, xbc: Tensor, dt: Tensor, segments: Segments, cache: HybridCacheLayer | None) -> Tensor:
+        conv_state = ssm_state = None
+        starts = segments.starts
+        if cache is not None and cache.ssm_state is not None:
+            conv_state, ssm_state = cache.conv_state, cache.ssm_state
+            if segments.pads is not None:
+                # Each row's state goes right before its first real token; the columns it displaces are padding.
+                joined = insert_past(conv_state.transpose(1, 2), xbc, segments.pads)  # type: ignore[union-attr]
+                size = joined.shape[1] - xbc.shape[1]
+                conv_state, xbc = joined[:, :size].transpose(1, 2), joined[:, size:]
+        y, new_conv, new_ssm = self._mix(xbc, dt, starts, conv_state, ssm_state)
+        if cache is not None:
+            if cache.record_past:
+                cache.undo = lambda kept: self._states_after(kept, xbc, dt, starts, conv_state, ssm_state)
+            cache.conv_state, cache.ssm_state = new_conv, new_ssm
+        return y
+
+    def _mix(
+        self, xbc: Tensor, dt: Tensor, starts: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution and scan over all tokens: y (B, L, H, P) and both new states."""
+        mixed, conv_state = causal_conv1d(xbc, self.conv_weight, self.conv_bias, starts, conv_state)
+        x, b, c = self._split_heads(mixed)
+        y, ssm_state = ssd(x, dt, self._decay(), b, c, self.D.float(), starts, ssm_state, self.chunk_size)
+        return y, conv_state, ssm_state
+
+    def _decode(self, xbc: Tensor, dt: Tensor, cache: HybridCacheLayer) -> Tensor:
+        conv_state, ssm_state = cache.conv_state, cache.ssm_state
+        if cache.record_past:
+            cache.undo = lambda kept: self._states_after(kept, xbc, dt, None, conv_state, ssm_state)
+        mixed, cache.conv_state = causal_conv1d_step(xbc[:, 0], self.conv_weight, self.conv_bias, conv_state)
+        x, b, c = self._split_heads(mixed)
+        y, cache.ssm_state = ssd_step(x, dt[:, 0], self._decay(), b, c, self.D.float(), ssm_state)
+        return y[:, None]
+
+    def _states_after(
+        self, kept: int, xbc: Tensor, dt: Tensor, starts: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both states had only the first `kept` tokens of the last forward come."""
+        if kept == 0:
+            return conv_state, ssm_state
+        starts = None if starts is None else starts[:, :kept]
+        return self._mix(xbc[:, :kept], dt[:, :kept], starts, conv_state, ssm_state)[1:]
+
+    def _decay(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _split_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(…, channels) → x (…, H, P), B and C (…, G, N)."""
+        x, b, c = mixed.split([self.inner, self.groups * self.state_size, self.groups * self.state_size], dim=-1)
+        grouped = (self.groups, self.state_size)
+        return x.unflatten(-1, (self.heads, -1)), b.unflatten(-1, grouped), c.unflatten(-1, grouped)
+
+
+def _is_step(x: Tensor, segments: Segments, cache: HybridCacheLayer | None) -> bool:
+    warm = cache is not None and cache.ssm_state is not None
+    return warm and x.shape[1] == 1 and segments.valid is None and segments.starts is None

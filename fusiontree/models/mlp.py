@@ -1,0 +1,40 @@
+"""Channel mixing: plain MLP and SwiGLU."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from fusiontree.models.config import HybridConfig
+
+
+class MLP(nn.Module):
+    """H → inner → H with one activation."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one product."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+def build_mlp(config: HybridConfig) -> nn.Module | None:
+    """The MLP that `config.mlp_type` names; None for none."""
+    kinds: dict[str, type[nn.Module]] = {"mlp": MLP, "swiglu": SwiGLU}
+    return kinds[config.mlp_type](config) if config.mlp_type != "none" else None
