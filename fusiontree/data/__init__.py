@@ -1,0 +1,40 @@
+"""Text in, batches out: sources, tokenizers, packing and an exactly resumable loader. Imports no other room."""
+
+from fusiontree.data.batch import Batch
+from fusiontree.data.build import build_loader
+from fusiontree.data.config import DataConfig, SourceConfig, StrictModel, TokenizerConfig
+from fusiontree.data.loader import Loader
+from fusiontree.data.prepare import open_source, prepare_static
+from fusiontree.data.records import BadRecords
+from fusiontree.data.sources import read_texts, stdlib_corpus
+from fusiontree.data.store import TokenStore
+from fusiontree.data.tokenizer import (
+    byte_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    resolve_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+
+__all__ = [
+    "BadRecords",
+    "Batch",
+    "DataConfig",
+    "Loader",
+    "SourceConfig",
+    "StrictModel",
+    "TokenStore",
+    "TokenizerConfig",
+    "build_loader",
+    "byte_tokenizer",
+    "check_vocabulary",
+    "load_tokenizer",
+    "open_source",
+    "prepare_static",
+    "read_texts",
+    "resolve_tokenizer",
+    "stdlib_corpus",
+    "tokenizer_hash",
+    "train_tokenizer",
+]

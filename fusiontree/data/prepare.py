@@ -1,0 +1,162 @@
+"""From text to token stores: into the cache folder for lazy sources, into a folder of the user's for static ones.
+
+A lazy source is tokenised whole on first use rather than document by document on each access: the packing of an epoch
+needs every document's length in tokens, so the work has to be done once anyway, and 2 bytes per token are cheaper to
+keep than to compute again for every row. The result is found again by files (path, size, time), settings and tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from fusiontree.data.config import SourceConfig
+from fusiontree.data.progress import byte_progress
+from fusiontree.data.records import BadRecords, Document
+from fusiontree.data.sources import expand, read_source
+from fusiontree.data.store import VERSION, StoreWriter, TokenStore
+from fusiontree.data.tokenizer import tokenizer_hash
+from fusiontree.errors import ConfigError, DataError
+
+BATCH_BYTES = 2 << 20
+logger = logging.getLogger(__name__)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where tokenised text is kept: the argument, $FUSIONTREE_CACHE, or fusiontree/ in the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    if own := os.environ.get("FUSIONTREE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusiontree"
+
+
+def prepare_static(
+    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, out_dir: str | Path
+) -> TokenStore:
+    """Tokenise sources into `out_dir`, to be used as `SourceConfig(path=out_dir, mode="static")`.
+
+    The folder appears whole or not at all: after an interruption call it again and it starts over; called again with
+    the same text and tokenizer it returns what is there. Raises DataError when the folder holds something else.
+    """
+    if not sources:
+        raise DataError("no sources to prepare")
+    for source in sources:
+        if source.weight is not None:
+            raise ConfigError(f"{source.path}: weights belong to training; prepare each source into its own folder")
+    folder = Path(out_dir).expanduser()
+    key = _key(sources, tokenizer)
+    with _locked(folder, keep=False):
+        if folder.is_dir() and any(folder.iterdir()):
+            store = TokenStore(folder)
+            if store.meta.get("key") != key:
+                raise DataError(f"{folder}: holds tokens of other text or another tokenizer; name another folder")
+            return store
+        return _build(sources, tokenizer, folder, key)
+
+
+def open_source(
+    source: SourceConfig, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path | None = None
+) -> TokenStore:
+    """The tokens of a source: a static one's folder, or a lazy one's from the cache, where they are put if missing."""
+    if source.mode == "static":
+        store = TokenStore(Path(source.path).expanduser())
+        if store.meta.get("tokenizer_hash") != tokenizer_hash(tokenizer):
+            raise DataError(f"{source.path}: was prepared with another tokenizer; prepare it again with this one")
+    else:
+        store = _cached(source, tokenizer, cache_folder(cache_dir))
+    store.bad_records.check(source.path, source.max_bad_fraction)
+    return store
+
+
+def _cached(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, cache: Path) -> TokenStore:
+    key = _key([source], tokenizer)
+    folder = cache / "tokens" / key[:32]
+    with _locked(folder, keep=True):  # several processes ask at once: one works, the others find its result
+        if folder.exists():
+            try:
+                return TokenStore(folder)
+            except DataError as error:
+                logger.warning("%s; tokenising again", error)
+                shutil.rmtree(folder)
+        return _build([source], tokenizer, folder, key)
+
+
+def _build(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, folder: Path, key: str) -> TokenStore:
+    bad = BadRecords()
+    total = sum(path.stat().st_size for source in sources for path in expand(source))
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    with StoreWriter(folder, vocabulary) as writer, byte_progress("tokenising", total) as advance:
+        for source in sources:
+            counted = BadRecords()
+            for document, ids in _tokenise(read_source(source, counted, advance), tokenizer):
+                writer.append(document, ids)
+            bad.merge(counted)
+        writer.finish(key, tokenizer_hash(tokenizer), bad)
+    if bad.count:
+        logger.warning("%s: %s", ", ".join(source.path for source in sources), bad.summary())
+    return TokenStore(folder)
+
+
+def _tokenise(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Document, list[int]]]:
+    """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    core.encode_special_tokens = True
+    for batch in _batches(documents):
+        encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encoded, strict=True):
+            yield document, [*encoding.ids, tokenizer.eos_token_id]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _key(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash of everything the store depends on; files count by path, size and time, so that nothing has to be read."""
+    parts: list[object] = [VERSION, tokenizer_hash(tokenizer)]
+    for source in sources:
+        parts.append(source.model_dump(exclude={"path", "weight", "mode", "max_bad_fraction"}))
+        parts.append([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in expand(source)])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path, keep: bool) -> Iterator[None]:
+    """Keep other processes away from a store that is about to be written; a lock frees itself when its holder dies."""
+    path = folder.with_name(folder.name + ".lock")
+    lock = FileLock(path)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"{folder.parent}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if not keep:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""Cutting documents into rows: which token stretches make up row k of a pass over a source, no other row looked at.
+
+A *pass* is one visit to every document of a source. Both layouts are pure functions of (pieces, sequence length, key).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from fusiontree.data.shuffle import Numbers, make_key, permute
+from fusiontree.data.splits import Pieces
+
+Spans = list[tuple[int, int]]
+
+
+class Rows(Protocol):
+    """The rows of one source."""
+
+    count: int
+
+    def spans(self, row: int, turn: int) -> Spans:
+        """Token stretches [begin, end) of the store that fill `row` of pass `turn`, in order, one per document."""
+
+    def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
+        """Tokens in each of the rows, `turns` naming the pass of each."""
+
+
+class PackedRows:
+    """Documents in shuffled order, one after the other, cut every `length` tokens.
+
+    A document cut by a row's end goes on in the following row, as a document of its own to the model: positions restart
+    and nothing is carried over. Every token of a pass is in exactly one row; only the last row can be shorter.
+    """
+
+    def __init__(self, pieces: Pieces, length: int, key: int | None) -> None:
+        self._pieces, self._length, self._key = pieces, length, key
+        self._tokens = int(pieces.lengths.sum())
+        self.count = -(-self._tokens // length)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def spans(self, row: int, turn: int) -> Spans:
+        order, ends = self._order(turn)
+        begin = row * self._length
+        stop = min(begin + self._length, self._tokens)
+        place = int(np.searchsorted(ends, begin, side="right"))
+        spans = []
+        while begin < stop:
+            document = order[place]
+            skipped = begin - int(ends[place] - self._pieces.lengths[document])
+            taken = min(stop, int(ends[place])) - begin
+            first = int(self._pieces.begins[document]) + skipped
+            spans.append((first, first + taken))
+            begin, place = begin + taken, place + 1
+        return spans
+
+    def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
+        return np.minimum(self._tokens - rows * self._length, self._length)
+
+    def _make_order(self, turn: int) -> tuple[Numbers, Numbers]:
+        documents = np.arange(len(self._pieces.begins))
+        if self._key is not None:
+            documents = permute(documents, len(documents), make_key(self._key, turn))
+        return documents, np.cumsum(self._pieces.lengths[documents])
+
+
+class SingleRows:
+    """One document per row; a document longer than `length` becomes several rows."""
+
+    def __init__(self, pieces: Pieces, length: int, key: int | None) -> None:
+        self._pieces, self._length, self._key = pieces, length, key
+        self._last = np.cumsum(-(-pieces.lengths // length))
+        self.count = int(self._last[-1])
+
+    def spans(self, row: int, turn: int) -> Spans:
+        document, within = self._place(np.array([row]), np.array([turn]))
+        begin = int(self._pieces.begins[document[0]] + within[0])
+        end = int(self._pieces.begins[document[0]] + self._pieces.lengths[document[0]])
+        return [(begin, min(begin + self._length, end))]
+
+    def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
+        document, within = self._place(rows, turns)
+        return np.minimum(self._pieces.lengths[document] - within, self._length)
+
+    def _place(self, rows: Numbers, turns: Numbers) -> tuple[Numbers, Numbers]:
+        """Document of each row and the tokens of it that come before."""
+        if self._key is not None:
+            rows = rows.copy()
+            for turn in np.unique(turns):
+                here = turns == turn
+                rows[here] = permute(rows[here], self.count, make_key(self._key, int(turn)))
+        document = np.searchsorted(self._last, rows, side="right")
+        first = self._last[document] - -(-self._pieces.lengths[document] // self._length)
+        return document, (rows - first) * self._length

@@ -1,0 +1,130 @@
+"""Sources of documents: which files a path means, and the documents in them, in a fixed order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fusiontree.data.config import SourceConfig
+from fusiontree.data.records import (
+    LINE_END,
+    BadRecords,
+    Document,
+    RecordError,
+    Section,
+    parse_jsonl,
+    parse_text,
+    read_sections,
+    separator_pattern,
+)
+from fusiontree.errors import ConfigError, DataError
+
+STDLIB = "stdlib"
+JSONL = {".jsonl", ".ndjson"}
+UNREADABLE = {
+    ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".7z", ".pdf", ".docx", ".bin",
+    ".npy", ".npz", ".pt", ".safetensors", ".pkl", ".pyc", ".so", ".exe", ".png", ".jpg",
+}  # fmt: skip
+NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def stdlib_corpus() -> list[Path]:
+    """Sorted .py files of the running Python's own standard library, without site-packages and test folders."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not NOT_CORPUS & set(path.relative_to(root).parts[:-1])]
+    if not files:
+        raise DataError(f"{STDLIB}: no .py files under {root}: this Python carries no sources, name your own files")
+    return sorted(files)
+
+
+def expand(source: SourceConfig) -> list[Path]:
+    """Sorted files of a lazy source. Raises DataError when there are none or one of them is not readable text."""
+    if source.path == STDLIB:
+        return stdlib_corpus()
+    pattern = os.path.expanduser(source.path)
+    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    if os.path.isdir(pattern):
+        prepared = (Path(pattern) / "meta.json").exists()
+        hint = "set mode: static" if prepared else f"give a glob, such as {pattern}/**/*.txt"
+        raise DataError(f"{source.path}: is a folder: {hint}")
+    files = sorted({Path(name) for name in found if not os.path.isdir(name)})
+    if not files:
+        raise DataError(f"{source.path}: no such file, and nothing matches it as a pattern")
+    for path in files:
+        _check_file(path)
+    return files
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: not an ordinary file")
+    if path.suffix.lower() in UNREADABLE:
+        raise DataError(f"{path}: {path.suffix} is not read here; allowed: .jsonl, .ndjson, .txt and source code")
+
+
+def read_source(
+    source: SourceConfig, bad: BadRecords, advance: Callable[[int], None] = lambda size: None
+) -> Iterator[Document]:
+    """Yield the usable documents of a lazy source in order, and count the others in `bad`.
+
+    `advance` is told the bytes read. Raises DataError at the end when too much was bad.
+    """
+    if source.mode == "static":
+        raise ConfigError(f"{source.path}: a static source holds tokens, not text; name the text files")
+    for path in expand(source):
+        before = bad.documents
+        for section in _sections(path, source):
+            advance(section.size)
+            document = _document(path, section, source, bad)
+            if document is not None:
+                bad.documents += 1
+                yield document
+                if bad.documents - before == source.max_samples_per_file:
+                    break
+    bad.check(source.path, source.max_bad_fraction)
+
+
+def read_texts(sources: Sequence[SourceConfig], max_bytes: int | None = None) -> Iterator[str]:
+    """Yield the documents' text, source after source, of each at most its equal part of `max_bytes`."""
+    for source in sources:
+        left = max_bytes // len(sources) if max_bytes is not None else None
+        for document in read_source(source, BadRecords()):
+            yield document.text
+            if left is not None:
+                left -= document.size
+                if left <= 0:
+                    break
+
+
+def _sections(path: Path, source: SourceConfig) -> Iterator[Section]:
+    separator = separator_pattern(source.separator) if source.separator else None
+    if path.suffix.lower() in JSONL:
+        separator = LINE_END
+    try:
+        with path.open("rb") as handle:
+            yield from read_sections(handle, separator, source.max_document_bytes)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> Document | None:
+    jsonl = path.suffix.lower() in JSONL
+    if section.data is None:
+        reason = f"{section.size} bytes, longer than max_document_bytes {source.max_document_bytes}"
+        bad.add(str(path), section.line, reason)
+        return None
+    if not section.data.strip():
+        bad.short += 1
+        return None
+    try:
+        text = parse_jsonl(section, source.text_field) if jsonl else parse_text(section)
+    except RecordError as error:
+        bad.add(str(path), section.line, str(error))
+        return None
+    if len(text.strip()) < source.min_length:
+        bad.short += 1
+        return None
+    return Document(text, str(path), section.line, section.offset, section.size)

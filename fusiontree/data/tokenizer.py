@@ -1,0 +1,194 @@
+"""Tokenizers: a byte-level BPE trained here, one id per byte, or any by folder or name; and the check with a model."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fusiontree.data.config import SourceConfig, TokenizerConfig
+from fusiontree.data.progress import byte_progress
+from fusiontree.data.sources import expand, read_texts
+from fusiontree.errors import ConfigError, DataError
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+BYTE = "byte"
+SMALLEST_VOCABULARY = 258
+TRAINING_BYTES = 200_000_000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
+    "{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt else '' }}"
+)
+logger = logging.getLogger(__name__)
+
+
+def train_tokenizer(
+    sources: Sequence[SourceConfig], vocab_size: int, out_dir: str | Path, max_bytes: int = TRAINING_BYTES
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of `vocab_size` ids on the first `max_bytes` of the sources and save it in `out_dir`.
+
+    The same text gives the same tokenizer. Raises DataError for unusable text or a folder that is already in use.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCABULARY} (256 bytes, end, padding)")
+    if not sources:
+        raise DataError("no sources to train a tokenizer on")
+    folder = _free_folder(Path(out_dir))
+    core = _core(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    total = sum(path.stat().st_size for source in sources for path in expand(source))
+    with byte_progress("training the tokenizer", min(total, max_bytes)) as advance:
+        core.train_from_iterator(_told(read_texts(sources, max_bytes), advance), trainer)
+    tokenizer = _wrap(core)
+    if len(tokenizer) < vocab_size:
+        logger.warning("the text yields a vocabulary of %d ids only, not %d", len(tokenizer), vocab_size)
+    _save(tokenizer, folder)
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte (id = the byte), 256 = end of document, 257 = padding."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    core = _core(models.BPE(vocab=vocabulary, merges=[]))
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (EOS, PAD)])
+    return _wrap(core)
+
+
+def load_tokenizer(path: str | Path, download: bool = False) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder, by hub name from the local Hugging Face cache, or `byte`.
+
+    The network is used only for a hub name with `download`. Raises DataError when it cannot be had or has no end token.
+    """
+    name = str(path)
+    if name == BYTE:
+        return byte_tokenizer()
+    folder = os.path.expanduser(name)
+    local = os.path.isdir(folder)
+    if not local and (os.path.exists(folder) or isinstance(path, Path) or name.startswith((".", "/", "~"))):
+        raise DataError(f"{name}: not a folder with a tokenizer")
+    if download and not local:
+        logger.warning("looking for tokenizer %s on the Hugging Face hub", name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder if local else name, local_files_only=local or not download, trust_remote_code=False
+        )
+    except Exception as error:  # transformers lets OSError, ValueError, KeyError and bare Exception through here
+        raise DataError(_why_not(name, local, download, error)) from error
+    return _check(tokenizer, name)
+
+
+def resolve_tokenizer(
+    config: TokenizerConfig, sources: Sequence[SourceConfig], out_dir: str | Path
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a run: the one already in `out_dir`, else the one `config` asks for, saved there."""
+    if (Path(out_dir) / "tokenizer.json").exists():
+        return load_tokenizer(Path(out_dir))
+    if config.train_vocab_size is not None:
+        return train_tokenizer(sources, config.train_vocab_size, out_dir)
+    if config.path is None:
+        raise ConfigError('tokenizer: give path (a folder, a hub name or "byte") or train_vocab_size')
+    tokenizer = load_tokenizer(config.path, config.download)
+    _save(tokenizer, _free_folder(Path(out_dir)))
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise DataError when the tokenizer has an id the model's embedding lacks."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise DataError(
+            f"tokenizer and model disagree: the tokenizer has ids up to {highest}, the model's vocab_size is "
+            f"{vocab_size}; it must be at least {highest + 1}"
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over everything that decides which ids a text gets, the same after saving and loading."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    return hashlib.sha256(f"{core.to_str()}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _core(model: models.Model) -> Tokenizer:
+    core = Tokenizer(model)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",  # batched generation continues at the right end; the loader pads its own rows
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character byte-level BPE writes for each byte 0..255 (GPT-2's table)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    replaced = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(replaced)) for byte in range(256)]
+
+
+def _told(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(len(text))
+
+
+def _free_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: already there and not an empty folder; name another folder for the tokenizer")
+    return folder
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write beside the target and rename, so that a tokenizer folder is whole or absent."""
+    draft = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        tokenizer.save_pretrained(str(draft))
+        os.replace(draft, folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise DataError(f"{folder}: the tokenizer cannot be saved: {error.strerror or error}") from error
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerFast:
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {name}: only tokenizers with a tokenizer.json (fast ones) can be used")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {name}: has no eos token, which ends a document")
+    return tokenizer
+
+
+def _why_not(name: str, local: bool, download: bool, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if local:
+        return f"{name}: no tokenizer can be loaded from this folder: {reason}"
+    if download:
+        return f"tokenizer {name}: neither a folder here nor found on the Hugging Face hub: {reason}"
+    return (
+        f"tokenizer {name}: neither a folder here nor in the local Hugging Face cache; "
+        "name a folder, use byte, train one, or allow tokenizer.download"
+    )
