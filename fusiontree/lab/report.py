@@ -1,0 +1,103 @@
+"""One self-contained HTML page per run: curves, gates, alarms, plan, before and after, samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib import resources
+from pathlib import Path
+
+from fusiontree.errors import DataError, FusionTreeError
+from fusiontree.lab import sections
+from fusiontree.lab.markup import esc
+from fusiontree.lab.run_folder import RunFolder, read_run
+
+# Nothing may be loaded from anywhere, whatever text a run folder carries.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+LEARNING = ["loss", "learning_rate", "throughput", "gradient_norm"]
+GATES = ["gate_heatmap", "gate_distribution", "branch_norms", "branch_norms_by_layer"]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` and `plots/*.png` into a run folder and return the page's path.
+
+    Parts the run does not have are left out with a line saying so. Raises DataError when `run_dir` is not a folder or
+    cannot be written.
+    """
+    run = read_run(run_dir)
+    target = run.path / "report.html"
+    try:
+        svgs = _draw(run)
+        page = _page(run, svgs)
+        partial = target.with_suffix(".html.tmp")
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise DataError(f"report: cannot write {error.filename or target}: {error.strerror}") from error
+    return target
+
+
+def _draw(run: RunFolder) -> dict[str, str]:
+    """Save each picture as PNG and return it as SVG, by name."""
+    if importlib.util.find_spec("matplotlib") is None:
+        run.notes.append("pictures: matplotlib is not installed (pip install matplotlib)")
+        return {}
+    from fusiontree.lab import plots
+
+    figures = plots.draw(run)
+    folder = run.path / "plots"
+    if figures:
+        folder.mkdir(exist_ok=True)
+    svgs = {}
+    for name, figure in figures.items():
+        plots.save_png(figure, folder / f"{name}.png")
+        svgs[name] = plots.inline_svg(figure, name, sections.FIGURES[name][0])
+    return svgs
+
+
+def _count_parameters(run: RunFolder) -> int | None:
+    """From the model's own accounting, so that the number is right before the first checkpoint."""
+    if run.model.get("model_type", "fusiontree") != "fusiontree" or "vocab_size" not in run.model:
+        return None
+    from fusiontree.models.accounting import account
+    from fusiontree.models.config import HybridConfig
+
+    try:
+        return account(HybridConfig(**run.model)).total_parameters
+    except (FusionTreeError, TypeError, ValueError) as error:
+        run.notes.append(f"parameters cannot be counted: {error}")
+        return None
+
+
+def _page(run: RunFolder, svgs: dict[str, str]) -> str:
+    parameters = _count_parameters(run)
+    parts = [
+        sections.head(run, parameters),
+        sections.before_after(run),
+        sections.pictures("Learning", "", LEARNING, svgs, "No curves: <code>metrics.jsonl</code> has no usable line."),
+        sections.pictures("Gates", "", GATES, svgs, "No gate pictures: <code>gates.jsonl</code> has no usable line."),
+        sections.alarm_list(run),
+        sections.prune_plan(run.plan),
+        sections.generated(run),
+        sections.setup(run, parameters),
+        sections.notes(run),
+    ]
+    style = resources.files("fusiontree.lab").joinpath("report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{esc(run.path.resolve().name)} · FusionTree run</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{"".join(parts)}
+</main>
+</body>
+</html>
+"""
