@@ -1,0 +1,95 @@
+"""Turn a RunConfig into the parts of a run: device, model, callbacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree.data import check_vocabulary
+from fusiontree.errors import ConfigError
+from fusiontree.models import HybridConfig, HybridLanguageModel
+from fusiontree.train.callbacks import Callback, Console, MetricsFile, TensorBoard, WandB
+from fusiontree.train.config import RunConfig
+from fusiontree.train.gate_monitor import GateMonitor
+from fusiontree.train.jsonl import JsonLines
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU when there is one; raises ConfigError when cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("system.device: cuda is asked for, but torch sees no GPU; allowed here: auto, cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def prepare_folder(run_dir: Path) -> None:
+    """Make the run folder; raises ConfigError before any work when it cannot be written."""
+    probe = run_dir / "checkpoints" / "writable.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"system.run_dir: {run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def seed_everything(seed: int) -> None:
+    """Python's and torch's generators, on every device."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def model_config(config: RunConfig, tokenizer: Any | None = None) -> HybridConfig:
+    """HybridConfig of the run; the vocabulary and special ids come from the tokenizer where the section is silent."""
+    section: dict[str, Any] = {}
+    if tokenizer is not None:
+        section["vocab_size"] = max(tokenizer.get_vocab().values()) + 1
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            section[name] = getattr(tokenizer, name)
+    length = config.training.sequence_length
+    section["max_position_embeddings"] = max(length, HybridConfig.max_position_embeddings)
+    section.update(config.model)
+    if "vocab_size" not in section:
+        raise ConfigError("model.vocab_size: is required where there is no tokenizer to take it from")
+    return HybridConfig(**section)
+
+
+def build_model(config: RunConfig, tokenizer: Any | None = None) -> HybridLanguageModel:
+    """A fresh model from the run's seed; under `torch.device("meta")` it has shapes but no weights."""
+    seed_everything(config.system.seed)
+    return HybridLanguageModel(model_config(config, tokenizer))
+
+
+def prepare_model(model: HybridLanguageModel, config: RunConfig, tokenizer: Any) -> None:
+    """Check the vocabulary and set what is computed again in the backward pass."""
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    mode = config.training.activation_checkpointing
+    # The flag itself: the methods that set it were renamed between transformers 5.17 and 5.23.
+    model.model.gradient_checkpointing = mode != "none"
+    if mode != "none":
+        model.config.checkpointing = mode
+
+
+def build_callbacks(config: RunConfig, run_dir: Path, tokenizer: Any, console: Console) -> list[Callback]:
+    """The callbacks the settings ask for, the console last so that its bar is below what others say."""
+    callbacks: list[Callback] = [MetricsFile(JsonLines(run_dir / "metrics.jsonl"))]
+    if config.gate_monitor.enabled:
+        file = JsonLines(run_dir / "gates.jsonl")
+        callbacks.append(GateMonitor(config.gate_monitor, config.training.steps, file, tokenizer))
+    if config.logging.tensorboard:
+        _require("tensorboard", "logging.tensorboard")
+        callbacks.append(TensorBoard(run_dir / "tensorboard"))
+    if config.logging.wandb:
+        _require("wandb", "logging.wandb")
+        callbacks.append(WandB(config.logging.wandb_project, run_dir.name, config.model_dump(mode="json")))
+    return [*callbacks, console]
+
+
+def _require(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{setting}: the package {package} is not installed; install it or set {setting}=false")

@@ -1,0 +1,217 @@
+"""Callbacks: small parts that see each step and own their state; console, JSON lines, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fusiontree.train.jsonl import JsonLines
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run stands, as callbacks see it."""
+
+    step: int  # optimizer steps done
+    steps: int  # of the whole run
+    say: Callable[[str], None]  # one line to the person watching
+
+
+class Callback:
+    """Every method may be left out; state comes back on resume under `name`."""
+
+    name = ""
+
+    def wants_gates(self, step: int) -> bool:
+        """Whether the forward passes of this step must hand out their gates."""
+        return False
+
+    def on_start(self, run: Snapshot) -> None:
+        """Before the first step of this process."""
+
+    def on_forward(self, step: int, batch: Mapping[str, Any], out: Any) -> None:
+        """After each forward pass of a step."""
+
+    def on_step(self, run: Snapshot) -> None:
+        """After each optimizer step."""
+
+    def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
+        """A line of figures: training (has `loss`) or validation (has `validation_loss`)."""
+
+    def on_finish(self, run: Snapshot) -> None:
+        """After the last step, also when interrupted or failed."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Tensors to keep in the checkpoint."""
+        return {}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state to keep in the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+
+class MetricsFile(Callback):
+    """metrics.jsonl."""
+
+    name = "metrics_file"
+
+    def __init__(self, file: JsonLines) -> None:
+        self.file = file
+
+    def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
+        """Append the line."""
+        self.file.write(metrics)
+
+
+class Console(Callback):
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    name = "console"
+
+    def __init__(self, mode: Literal["auto", "plain", "off"]) -> None:
+        self.mode = mode
+        # Wide enough that a line of figures stays one line in a log file.
+        self.rich = RichConsole(width=None if sys.stdout.isatty() else 200, highlight=False)
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.first_step, self.started = 0, time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print one line above the bar."""
+        if self.mode != "off":
+            self.rich.print(line, markup=False, soft_wrap=True)
+
+    def on_start(self, run: Snapshot) -> None:
+        """Show the bar where there is a terminal."""
+        self.first_step, self.started = run.step, time.monotonic()
+        if self.mode == "auto" and self.rich.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.rich, expand=True)
+            self.task = self.progress.add_task("training", total=run.steps, completed=run.step)
+            self.progress.start()
+
+    def on_step(self, run: Snapshot) -> None:
+        """Move the bar."""
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=run.step)
+
+    def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
+        """Show the figures."""
+        if "loss" in metrics and self.progress is not None and self.task is not None:
+            self.progress.update(self.task, description=_figures(metrics))
+        elif "loss" in metrics:
+            done, seconds = max(run.step - self.first_step, 1), time.monotonic() - self.started
+            left = (run.steps - run.step) * seconds / done
+            self.say(f"step {run.step}/{run.steps}  {_figures(metrics)}  eta {_clock(left)}")
+        else:
+            shown = (f"{key.replace('_', ' ')} {value:.4f}" for key, value in metrics.items() if key != "step")
+            figures = "  ".join(shown)
+            self.say(f"step {run.step}/{run.steps}  {figures}")
+
+    def on_finish(self, run: Snapshot) -> None:
+        """Take the bar down."""
+        if self.progress is not None:
+            self.progress.stop()
+
+
+class TensorBoard(Callback):
+    """Scalars in the run's tensorboard folder."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def on_start(self, run: Snapshot) -> None:
+        """Open the writer; what an interrupted run wrote after its last checkpoint is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=run.step + 1)
+
+    def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
+        """One scalar per figure."""
+        for key, value in metrics.items():
+            if key != "step":
+                self.writer.add_scalar(key, value, metrics["step"])
+
+    def on_finish(self, run: Snapshot) -> None:
+        """Write what is still in memory."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandB(Callback):
+    """Weights & Biases; the run's id is kept so that a resumed run continues the same curve."""
+
+    name = "wandb"
+
+    def __init__(self, project: str, run_name: str, settings: Mapping[str, Any]) -> None:
+        self.project = project
+        self.run_name = run_name
+        self.settings = dict(settings)
+        self.run_id: str | None = None
+        self.run: Any = None
+
+    def on_start(self, run: Snapshot) -> None:
+        """Open the run; raises ImportError's line when wandb is not installed (checked before the first step)."""
+        import wandb
+
+        self.run = wandb.init(
+            project=self.project, name=self.run_name, config=self.settings, id=self.run_id, resume="allow"
+        )
+        self.run_id = self.run.id
+
+    def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
+        """One point per figure."""
+        self.run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
+
+    def on_finish(self, run: Snapshot) -> None:
+        """Close the run."""
+        if self.run is not None:
+            self.run.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id."""
+        return {"run_id": self.run_id}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the run's id."""
+        self.run_id = state["run_id"]
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB (10^9 bytes): allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    gate = f"  gate {metrics['gate_mean']:.3f}" if metrics.get("gate_mean") is not None else ""
+    return (
+        f"loss {metrics['loss']:.4f}{gate}  lr {metrics['lr']:.2e}  "
+        f"{metrics['tokens_per_second']:,.0f} tok/s  {metrics['memory_gb']:.1f} GB"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -1,0 +1,269 @@
+"""RunConfig: every setting of a training run, strictly typed; `load_config` reads YAML plus `key=value` overrides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+
+from fusiontree.data import DataConfig, StrictModel, TokenizerConfig
+from fusiontree.errors import ConfigError
+from fusiontree.models import HybridConfig
+from fusiontree.train.yaml_files import parse_value, read_yaml
+
+
+class LossSection(StrictModel):
+    """Weights of the composite loss and the two phases of the gates."""
+
+    balance_weight: float = Field(default=0.01, ge=0)
+    """Weight of the load-balance hinge while the run is in its balance phase."""
+    balance_target: float = Field(default=0.5, ge=0, le=1)
+    """Mean gate that the hinge asks of every layer (1 = all Mamba, 0 = all attention)."""
+    balance_margin: float = Field(default=0.1, ge=0, le=1)
+    """Distance from the target that costs nothing."""
+    entropy_weight: float = Field(default=0.0, ge=0)
+    """Balance phase: weight that keeps single gates undecided."""
+    sharpen_weight: float = Field(default=0.0, ge=0)
+    """Specialise phase: weight that drives single gates to an end."""
+    specialise_after: float = Field(default=0.5, ge=0, le=1)
+    """Fraction of the steps after which the balance phase ends; 1 = never."""
+    distill_weight: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the teacher; used when a teacher is handed in."""
+    distill_temperature: float = Field(default=2.0, gt=0)
+    """Softens both distributions; the term is multiplied by its square."""
+
+
+class TrainingSection(StrictModel):
+    """Steps, sizes, optimizer, schedule, precision, saving and validation."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    sequence_length: int = Field(ge=2)
+    """Tokens per row."""
+    micro_batch_size: int = Field(ge=1)
+    """Rows per forward pass."""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step; the loss is averaged by real tokens over all of them."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices by Muon, everything else by AdamW, one learning rate for both."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Last learning rate / peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise to the peak."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Way down from the peak; wsd: stay, then fall linearly over the last `decay_fraction` of the steps."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd only."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices only, never on state-space parameters, norms, biases or embeddings."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon only."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast over fp32 weights."""
+    compile: bool = False
+    """torch.compile the model."""
+    activation_checkpointing: Literal["none", "branches", "block"] = "none"
+    """What is computed again in the backward pass to save memory."""
+    save_every: int | None = Field(default=500, ge=1)
+    """Steps between checkpoints; null: only at the end and when interrupted."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    """Checkpoints kept, besides the one with the best validation loss; null: all."""
+    validation_every: int | None = Field(default=500, ge=1)
+    """Steps between validations; null: only before and after."""
+    validation_batches: int = Field(default=20, ge=1)
+    """Batches of `micro_batch_size` rows per validation, always the same ones."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Steps in a row whose loss or gradient is not finite that are left out before the run stops."""
+    loss: LossSection = LossSection()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingSection:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        return self
+
+
+class DataSection(DataConfig):
+    """Sources and packing, plus the tokenizer."""
+
+    tokenizer: TokenizerConfig
+    """An existing tokenizer, or the size of the one to train on the run's own text."""
+
+
+class GateMonitorSection(StrictModel):
+    """What is watched of the gates, how often, and when it is worth an alarm."""
+
+    enabled: bool = True
+    every: int = Field(default=50, ge=1)
+    """Steps between lines in gates.jsonl."""
+    sample_every: int = Field(default=4, ge=1)
+    """Steps between looks at the gates."""
+    sample_tokens: int = Field(default=128, ge=1)
+    """Tokens looked at, spread evenly over the batch."""
+    decay: float = Field(default=0.5, ge=0, lt=1)
+    """Weight that earlier observations keep at every line; 0 forgets them."""
+    token_classes: bool = True
+    """Also the mean gate on spaces, words, numbers and punctuation."""
+    alarm_after: float = Field(default=0.25, ge=0, le=1)
+    """Fraction of the steps before which nothing is alarming: gates start at 0.5."""
+    stuck_width: float = Field(default=0.02, ge=0, le=0.5)
+    """Alarm when |mean - 0.5| and the standard deviation are both below this."""
+    collapse_margin: float = Field(default=0.05, ge=0, le=0.5)
+    """Alarm when the mean is closer than this to 0 or 1."""
+    silent_ratio: float = Field(default=0.02, ge=0, le=1)
+    """Alarm when one branch's rms is below this fraction of the other's."""
+
+
+class LoggingSection(StrictModel):
+    """Where the figures go; metrics.jsonl is always written."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics."""
+    console: Literal["auto", "plain", "off"] = "auto"
+    """auto: progress bar on a terminal, plain lines elsewhere."""
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "fusiontree"
+
+
+class SystemSection(StrictModel):
+    """Folder, seed and machine."""
+
+    run_dir: str = Field(default="runs/default", min_length=1)
+    """Everything the run writes; started again on the same folder, it goes on."""
+    seed: int = Field(default=0, ge=0)
+    """Weights, data order and branch dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; null: torch's own choice."""
+
+
+class RunConfig(StrictModel):
+    """A whole training run. `model` holds HybridConfig's arguments; `vocab_size` may be left out (the tokenizer's)."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    training: TrainingSection
+    data: DataSection
+    gate_monitor: GateMonitorSection = GateMonitorSection()
+    logging: LoggingSection = LoggingSection()
+    system: SystemSection = SystemSection()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        check_model_section(self.model)
+        longest = self.model.get("max_position_embeddings")
+        if longest is not None and self.training.sequence_length > longest:
+            raise ValueError(
+                f"training.sequence_length {self.training.sequence_length} is more than "
+                f"model.max_position_embeddings {longest}"
+            )
+        return self
+
+
+# What is computed again is training.activation_checkpointing; one place to say it.
+_MODEL_FIELDS: dict[str, Any] = {
+    name: (hint, None)
+    for name, hint in inspect.get_annotations(HybridConfig, eval_str=True).items()
+    if name != "checkpointing"
+}
+_ModelSection: type[BaseModel] = create_model("ModelSection", __base__=StrictModel, **_MODEL_FIELDS)
+
+
+def check_model_section(section: Mapping[str, Any]) -> None:
+    """Raise ConfigError for unknown keys, wrong types, and sizes that HybridConfig refuses."""
+    try:
+        _ModelSection.model_validate(dict(section))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item, "model") for item in error.errors())) from error
+    try:
+        HybridConfig(**{"vocab_size": 256, **section})
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read YAML and apply `section.key=value` overrides; raises ConfigError naming field, value and what is allowed."""
+    content = read_yaml(Path(path))
+    for override in overrides:
+        _apply(content, override)
+    return parse_config(content, where=str(path))
+
+
+def parse_config(content: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """Mapping -> RunConfig; raises ConfigError naming every wrong field."""
+    try:
+        return RunConfig.model_validate(dict(content))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_describe(item) for item in error.errors())) from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set one `a.b.c=value` in nested mappings and lists; the new section is made when it is missing."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value, for example training.lr=1e-3")
+    node: Any = content
+    for depth, key in enumerate(keys):
+        where: Any = key
+        if isinstance(node, list):
+            where = _index(node, key, override)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is not a section")
+        if depth == len(keys) - 1:
+            node[where] = parse_value(text, f"override {override!r}")
+        else:
+            node = node.setdefault(where, {}) if isinstance(node, dict) else node[where]
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(node)}")
+    return int(key)
+
+
+def _describe(item: Any, *prefix: str) -> str:
+    """One pydantic error as `field: what is wrong, not the value given`."""
+    location = (*prefix, *item["loc"])
+    field = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_hint(str(location[-1]), _keys_beside(location))}"
+    if item["type"] == "missing":
+        return f"{field}: is required"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def _keys_beside(location: Sequence[Any]) -> list[str]:
+    """The keys allowed where an unknown one was found."""
+    if location[0] == "model":
+        return list(_MODEL_FIELDS)
+    model: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next((arg for arg in get_args(annotation) if hasattr(arg, "model_fields")), annotation)
+    return list(model.model_fields)
+
+
+def _hint(key: str, allowed: Sequence[str]) -> str:
+    close = get_close_matches(key, allowed, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed))}"

@@ -1,0 +1,299 @@
+"""The training loop: one step at a time, exact to resume, safe to interrupt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from fusiontree.data import Loader, build_loader, resolve_tokenizer
+from fusiontree.errors import ConfigError, TrainingError
+from fusiontree.train.build import build_callbacks, build_model, choose_device, prepare_folder, prepare_model
+from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
+from fusiontree.train.checkpoint import RunLock, step_folder
+from fusiontree.train.config import RunConfig
+from fusiontree.train.interrupt import StopSignals
+from fusiontree.train.losses import HybridModelLoss, phase_at, target_mask
+from fusiontree.train.optim import build_optimizers, learning_rate
+from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_settings
+from fusiontree.train.strategy import SingleProcess, Strategy
+from fusiontree.train.validation import Batch, Evaluate, Probe, Validation, model_inputs, to_device
+from fusiontree.train.yaml_files import write_yaml
+
+
+def train(
+    config: RunConfig,
+    *,
+    model: Any | None = None,
+    teacher: Any | None = None,
+    evaluate: Evaluate | None = None,
+    probes: Mapping[str, Probe] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Run the training `config` describes, or go on with it when its run folder has a checkpoint.
+
+    `model` is trained in place instead of one built from the model section. `teacher` (same vocabulary) feeds the
+    distillation term. `evaluate(model, batches)` replaces the validation loss; `probes` are measured beside it.
+    SIGTERM and Ctrl-C finish the step, save and return with `interrupted`. Raises ConfigError and DataError before the
+    first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the loss is not finite.
+    """
+    run_dir = Path(config.system.run_dir)
+    prepare_folder(run_dir)
+    with RunLock(run_dir):
+        trainer = Trainer(config, run_dir, model, teacher, callbacks)
+        trainer.hold_out(evaluate, probes)
+        return trainer.run()
+
+
+class Trainer:
+    """The parts of one run and the loop over them."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, model: Any | None, teacher: Any | None, callbacks: Sequence[Callback]
+    ) -> None:
+        settings = config.training
+        if (teacher is not None) != (settings.loss.distill_weight > 0):
+            raise ConfigError("training.loss.distill_weight: must be above 0 exactly when a teacher is handed in")
+        if config.system.threads is not None:
+            torch.set_num_threads(config.system.threads)
+        self.config, self.settings, self.run_dir = config, settings, run_dir
+        self.console = Console(config.logging.console)
+        self.strategy: Strategy = SingleProcess(choose_device(config.system.device))
+        self.tokenizer = resolve_tokenizer(config.data.tokenizer, config.data.train, run_dir / "tokenizer")
+        self.loader = self._loader("train")
+        self.model = model if model is not None else build_model(config, self.tokenizer)
+        prepare_model(self.model, config, self.tokenizer)
+        self.strategy.wrap(self.model).train()
+        self.forward = torch.compile(self.model) if settings.compile else self.model
+        self.teacher = None if teacher is None else self.strategy.wrap(teacher).eval().requires_grad_(False)
+        self.loss = HybridModelLoss(settings.loss, distill=teacher is not None)
+        self.optimizers = build_optimizers(self.model, settings)
+        self.callbacks = [*callbacks, *build_callbacks(config, run_dir, self.tokenizer, self.console)]
+        binding = binding_settings(config, self.model.config, self.tokenizer)
+        self.store = RunStore(run_dir, settings.save_total_limit, binding, self.strategy.world_size)
+        self.validation: Validation | None = None
+        self.progress = Progress()
+        self.clock = (time.monotonic(), 0)  # when and at how many tokens the next line's speed begins
+        self.stop = StopSignals()
+
+    def hold_out(self, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None) -> None:
+        """Take the validation batches; none when the settings hold nothing out."""
+        if self.config.data.validation or self.config.data.validation_fraction > 0:
+            batches = cast(Iterator[Batch], iter(self._loader("validation")))
+            self.validation = Validation(batches, self.settings.validation_batches, evaluate, probes)
+
+    def run(self) -> RunResult:
+        """Resume if there is something to resume, then step until done or asked to stop."""
+        self._resume_or_start()
+        steps, progress = self.settings.steps, self.progress
+        try:
+            with self.stop:
+                self._tell("on_start", self._snapshot())
+                if progress.step == 0 and progress.validation_loss_before is None:
+                    self._validate()
+                batches = cast(Iterator[Batch], iter(self.loader))
+                while progress.step < steps and not self.stop.requested:
+                    self._step([next(batches) for _ in range(self.settings.accumulation_steps)])
+                    last = progress.step == steps
+                    if last or _due(progress.step, self.settings.validation_every):
+                        self._validate()
+                    if last or _due(progress.step, self.settings.save_every):
+                        self._save()
+                if self.store.newest_step != progress.step:
+                    self._save()
+        finally:
+            self._tell("on_finish", self._snapshot())
+        return self._finish()
+
+    def _step(self, batches: list[Batch]) -> None:
+        """One optimizer step over some micro-batches; every real token weighs the same, whichever batch it is in."""
+        started, progress, step = time.monotonic(), self.progress, self.progress.step + 1
+        counts = [int(target_mask(batch).sum()) for batch in batches]
+        total = int(self.strategy.gather(torch.tensor(sum(counts))))
+        try:
+            weighted = zip(batches, (count / max(total, 1) for count in counts), strict=True)
+            parts = [self._micro_step(step, i, batch, weight) for i, (batch, weight) in enumerate(weighted)]
+            norm = self.strategy.clip(self.model, self.settings.max_grad_norm)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            advice = self._advice("a smaller training.micro_batch_size")
+            raise TrainingError(f"step {step}: out of memory; {advice}") from error
+        terms = {name: self.strategy.gather(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
+        lr = learning_rate(progress.step, self.settings)
+        # The one wait for the device in a step: an update from a bad gradient could not be taken back.
+        if bool(torch.isfinite(norm) & torch.isfinite(terms["loss"])):
+            self.optimizers.set_lr(lr)
+            self.strategy.step(self.optimizers)
+            progress.skipped_in_a_row = 0
+        else:
+            self._skip(step, terms, norm)
+        progress.step, progress.tokens = step, progress.tokens + total
+        progress.elapsed += time.monotonic() - started
+        self._report(terms, lr, norm)
+
+    def _micro_step(self, step: int, index: int, batch: Batch, weight: float) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; gives the loss terms times `weight`, its share of the tokens."""
+        phase = phase_at(step - 1, self.settings.steps, self.settings.loss)
+        watchers = [callback for callback in self.callbacks if callback.wants_gates(step)]
+        gates = bool(watchers) or self._logs(step) or self.loss.needs_gates(phase)
+        batch = to_device(batch, self.strategy.device)
+        self.model.branch_dropout_seed = _mixed(self.config.system.seed, step, index)
+        with self._autocast():
+            out = self.forward(**model_inputs(batch), output_gates=gates)
+            terms = self.loss(out, batch, phase, self._teacher_logits(batch))
+        self.strategy.backward(terms["loss"] * weight)
+        for callback in watchers:
+            callback.on_forward(step, batch, out)
+        return {name: term.detach() * weight for name, term in terms.items()}
+
+    def _teacher_logits(self, batch: Batch) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        inputs = {key: value for key, value in model_inputs(batch).items() if key != "labels"}
+        with torch.no_grad():
+            logits: Tensor = self.teacher(**inputs).logits
+        return logits
+
+    def _skip(self, step: int, terms: Mapping[str, Tensor], norm: Tensor) -> None:
+        """Leave a bad step out of the weights; stop when there are too many in a row."""
+        self.optimizers.zero_grad()
+        self.progress.skipped_in_a_row += 1
+        figures = ", ".join(f"{name} {float(value):.4g}" for name, value in {**terms, "grad_norm": norm}.items())
+        what = f"step {step}: loss or gradient is not finite ({figures}); the weights were not updated"
+        if self.progress.skipped_in_a_row > self.settings.max_skipped_steps:
+            raise TrainingError(f"{what}; {self._advice('a lower training.lr')}")
+        self.console.say(f"warning: {what}; going on")
+
+    def _advice(self, change: str) -> str:
+        """How to go on after a failed step."""
+        newest = self.store.newest_step
+        good = "none yet" if newest is None else str(step_folder(self.store.root, newest))
+        return f"last good checkpoint: {good}; try {change}"
+
+    def _report(self, terms: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
+        """Tell the callbacks of a finished step, with its figures when it is time for a line."""
+        progress = self.progress
+        if self._logs(progress.step):
+            names = list(terms)
+            values = torch.stack([*(terms[name].float() for name in names), norm.float()]).tolist()
+            figures = dict(zip([*names, "grad_norm"], values, strict=True))
+            progress.final_loss = figures["loss"]
+            now = time.monotonic()
+            seconds, tokens = now - self.clock[0], progress.tokens - self.clock[1]
+            self.clock = (now, progress.tokens)
+            line = {
+                "step": progress.step,
+                **figures,
+                "lr": lr,
+                "tokens": progress.tokens,
+                "tokens_per_second": tokens / max(seconds, 1e-9),
+                "memory_gb": memory_gb(self.strategy.device),
+                "elapsed": progress.elapsed,
+            }
+            self._tell("on_metrics", self._snapshot(), line)
+        self._tell("on_step", self._snapshot())
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.logging.every == 0 or step in (1, self.settings.steps)
+
+    def _validate(self) -> None:
+        """Measure the held-out text and remember the best."""
+        if self.validation is None:
+            return
+        progress = self.progress
+        with self._autocast():
+            figures = self.validation.measure(self.model, self.strategy.device)
+        loss = figures["validation_loss"]
+        progress.validation_loss_after = loss
+        if progress.validation_loss_before is None:
+            progress.validation_loss_before = loss
+        if progress.best_validation_loss is None or loss < progress.best_validation_loss:
+            progress.best_validation_loss, progress.best_step = loss, progress.step
+        self._tell("on_metrics", self._snapshot(), {"step": progress.step, **figures})
+        self.clock = (time.monotonic(), progress.tokens)
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment."""
+
+        def fill(folder: Path) -> None:
+            self.strategy.save(folder, self.model, self.optimizers)
+            self.tokenizer.save_pretrained(folder)
+
+        self.store.save(self.progress, fill, self.loader.state_dict(), self.callbacks)
+        self.clock = (time.monotonic(), self.progress.tokens)
+
+    def _resume_or_start(self) -> None:
+        """Take up the newest good checkpoint of the run folder, or begin at step 0."""
+        folder = self.store.find(self.console.say)
+        if folder is not None:
+            self.strategy.load(folder, self.model, self.optimizers)
+            self.progress, loader_state = self.store.restore(folder, self.callbacks)
+            self.loader.load_state_dict(loader_state)
+            self.console.say(f"going on from step {self.progress.step} of {self.settings.steps} ({folder})")
+        self.store.trim_logs(self.progress.step if folder is not None else -1)
+        text = write_yaml(self.config.model_dump(mode="json"))
+        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        self.clock = (time.monotonic(), self.progress.tokens)
+
+    def _finish(self) -> RunResult:
+        """Say how it ended and write summary.json."""
+        progress = self.progress
+        if progress.step < self.settings.steps:
+            where = f"step {progress.step} of {self.settings.steps}"
+            self.console.say(f"stopped and saved at {where}; run the same command again to go on")
+        best = None
+        if progress.best_step is not None:
+            best = {"step": progress.best_step, "validation_loss": progress.best_validation_loss}
+        result = RunResult(
+            run_dir=self.run_dir,
+            step=progress.step,
+            final_loss=progress.final_loss,
+            validation_loss_before=progress.validation_loss_before,
+            validation_loss_after=progress.validation_loss_after,
+            best=best,
+            interrupted=progress.step < self.settings.steps,
+        )
+        summary = {**asdict(result), "tokens": progress.tokens, "elapsed": progress.elapsed}
+        summary.update(run_dir=self.run_dir.name, parameters=sum(p.numel() for p in self.model.parameters()))
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return result
+
+    def _loader(self, split: Literal["train", "validation"]) -> Loader:
+        data, settings, strategy = self.config.data, self.settings, self.strategy
+        return build_loader(
+            data,
+            self.tokenizer,
+            split=split,
+            sequence_length=settings.sequence_length,
+            batch_size=settings.micro_batch_size,
+            seed=self.config.system.seed,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.progress.step, self.settings.steps, self.console.say)
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*details)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _mixed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, far apart for neighbours."""
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,105 @@
+"""HybridModelLoss: cross entropy, gate balance, gate entropy and distillation, each reported, each counted once.
+
+B batch, L tokens, H channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusiontree.train.config import LossSection
+
+Phase = Literal["balance", "specialise"]
+
+
+def target_mask(batch: Mapping[str, Any]) -> Tensor:
+    """(B, L-1) bool: positions t whose prediction of token t+1 counts (a target, in the same document)."""
+    mask: Tensor = batch["labels"][:, 1:] != -100
+    positions = batch.get("position_ids")
+    return mask if positions is None else mask & (positions[:, 1:] != 0)
+
+
+def phase_at(step: int, steps: int, settings: LossSection) -> Phase:
+    """Balance first, so that both branches learn; specialise later, so that gates may decide."""
+    return "balance" if step < settings.specialise_after * steps else "specialise"
+
+
+class HybridModelLoss:
+    """Adds up the terms of the training loss from one forward pass; see LossSection for the weights."""
+
+    def __init__(self, settings: LossSection, distill: bool) -> None:
+        self.settings = settings
+        self.distill = distill and settings.distill_weight > 0
+
+    def weights(self, phase: Phase) -> tuple[float, float]:
+        """(balance, entropy) weights of a phase; a negative entropy weight sharpens."""
+        if phase == "balance":
+            return self.settings.balance_weight, self.settings.entropy_weight
+        return 0.0, -self.settings.sharpen_weight
+
+    def needs_gates(self, phase: Phase) -> bool:
+        """Whether the loss of this phase depends on the gates."""
+        return any(self.weights(phase))
+
+    def __call__(
+        self, out: Any, batch: Mapping[str, Any], phase: Phase, teacher_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Scalars: `loss` with gradient, and detached: lm_loss, gate_mean, balance_loss, entropy_loss, distill_loss.
+
+        out: the model's, with `loss`, `logits`, and `gates` where wanted; terms that cannot be had are left out.
+        """
+        terms: dict[str, Tensor] = {"lm_loss": out.loss}
+        total = out.loss
+        gates = [gate for gate in (getattr(out, "gates", None) or ()) if gate is not None]
+        if gates:
+            balance_weight, entropy_weight = self.weights(phase)
+            mask = batch.get("attention_mask")
+            terms["gate_mean"], terms["balance_loss"] = self._balance(gates, mask)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_weight != 0):
+                terms["entropy_loss"] = gate_decidedness(gates, mask)
+            total = total + balance_weight * terms["balance_loss"] + entropy_weight * terms["entropy_loss"]
+        if self.distill and teacher_logits is not None:
+            terms["distill_loss"] = distillation(
+                out.logits, teacher_logits, target_mask(batch), self.settings.distill_temperature
+            )
+            total = total + self.settings.distill_weight * terms["distill_loss"]
+        return {"loss": total, **{name: term.detach() for name, term in terms.items()}}
+
+    def _balance(self, gates: list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mean gate, mean over layers of how far each layer's mean gate is outside target +- margin)."""
+        means = torch.stack([_token_mean(gate.float(), mask) for gate in gates])
+        outside = (means - self.settings.balance_target).abs() - self.settings.balance_margin
+        return means.mean(), outside.clamp(min=0).mean()
+
+
+def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens and channels of (B, L, H); mask (B, L) is 1 on real tokens."""
+    if mask is None:
+        return values.mean()
+    real = mask.to(values.dtype)
+    return (values.mean(-1) * real).sum() / real.sum().clamp(min=1)
+
+
+def gate_decidedness(gates: list[Tensor], mask: Tensor | None = None) -> Tensor:
+    """1 - binary entropy / ln 2, averaged over layers: 0 when every gate is 0.5, 1 when every gate is at an end."""
+    terms = []
+    for gate in gates:
+        p = gate.float().clamp(1e-6, 1 - 1e-6)
+        entropy = -(p * p.log() + (1 - p) * torch.log1p(-p))
+        terms.append(1 - _token_mean(entropy, mask) / math.log(2))
+    return torch.stack(terms).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T, averaged over the tokens in `mask` (B, L-1); logits (B, L, V)."""
+    # Weighted instead of indexed by the mask: indexing would wait for the device to count the tokens.
+    chosen = F.log_softmax(student[:, :-1].float() / temperature, -1)
+    wanted = F.log_softmax(teacher[:, :-1].float() / temperature, -1)
+    per_token = F.kl_div(chosen, wanted, log_target=True, reduction="none").sum(-1)
+    return (per_token * mask).sum() / mask.sum().clamp(min=1) * temperature**2

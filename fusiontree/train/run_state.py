@@ -1,0 +1,224 @@
+"""What a run needs to go on exactly: counters, random states, data position, callbacks, and the settings it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fusiontree.data import tokenizer_hash
+from fusiontree.errors import CheckpointError
+from fusiontree.models import HybridConfig
+from fusiontree.train.callbacks import Callback
+from fusiontree.train.checkpoint import keep_newest, latest_checkpoint, list_checkpoints, sweep, write_checkpoint
+from fusiontree.train.config import RunConfig
+from fusiontree.train.jsonl import JsonLines
+
+STATE_JSON, STATE_TENSORS = "trainer/state.json", "trainer/state.safetensors"
+
+# Settings that may change when a run goes on: they move neither the weights done so far nor the data position.
+FREE = (
+    "training.steps",  # to train longer; the schedule follows the new value
+    "training.save_every",
+    "training.save_total_limit",
+    "training.validation_every",
+    "training.validation_batches",
+    "training.max_skipped_steps",
+    "training.compile",
+    "training.activation_checkpointing",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.tokenizer.",  # the tokenizer itself is compared
+    "gate_monitor.",
+    "logging.",
+    "system.run_dir",
+    "system.device",
+    "system.threads",
+)
+
+
+@dataclass
+class Progress:
+    """Counters of a run."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # targets learned from
+    elapsed: float = 0.0  # seconds of training, over all processes of the run
+    skipped_in_a_row: int = 0
+    final_loss: float | None = None  # of the last step
+    validation_loss_before: float | None = None
+    validation_loss_after: float | None = None  # the newest
+    best_step: int | None = None
+    best_validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `train` gives back; losses are in nats per token."""
+
+    run_dir: Path
+    step: int
+    final_loss: float | None
+    validation_loss_before: float | None
+    validation_loss_after: float | None
+    best: dict[str, Any] | None  # {"step", "validation_loss"}
+    interrupted: bool = False  # a signal stopped the run; the same call goes on
+
+
+def binding_settings(config: RunConfig, model_config: Any, tokenizer: Any) -> dict[str, Any]:
+    """Flat `section.key` -> value of all that must stay when a run goes on; the loader checks the data itself."""
+    content = config.model_dump(mode="json", exclude={"model"})
+    own = HybridConfig.__annotations__.keys() - {"checkpointing", "use_cache"}  # these two do not make another model
+    settings = _flatten({**content, "model": {name: getattr(model_config, name) for name in sorted(own)}})
+    settings["tokenizer"] = tokenizer_hash(tokenizer)
+    plain = json.loads(json.dumps(settings))  # tuples become lists, as in the file it is compared with
+    return {key: value for key, value in plain.items() if not key.startswith(FREE)}
+
+
+class RunStore:
+    """The checkpoints of one run folder: find a good one, check that it belongs, take it up, write the next."""
+
+    def __init__(self, run_dir: Path, limit: int | None, settings: Mapping[str, Any], world_size: int) -> None:
+        self.run_dir, self.root, self.limit = run_dir, run_dir / "checkpoints", limit
+        self.settings, self.world_size = settings, world_size
+        self.newest_step: int | None = None
+
+    def find(self, warn: Callable[[str], None]) -> Path | None:
+        """The checkpoint to go on from, or None in a fresh folder; clears away what a killed save left.
+
+        Raises CheckpointError when there are checkpoints but none is whole, or when the newest is of other settings.
+        """
+        sweep(self.root)
+        folder = latest_checkpoint(self.run_dir, warn)
+        if folder is None and list_checkpoints(self.root):
+            raise CheckpointError(f"{self.root}: no checkpoint is whole; delete them to start again from step 0")
+        if folder is not None:
+            check_settings(folder, read_run_state(folder)["settings"], self.settings)
+        return folder
+
+    def restore(self, folder: Path, callbacks: Iterable[Callback]) -> tuple[Progress, dict[str, Any]]:
+        """Give callbacks and random generators their state back; gives the counters and the loader's state."""
+        content, tensors = read_run_state(folder), load_file(folder / STATE_TENSORS)
+        for callback in callbacks:
+            own = _below(tensors, f"callback/{callback.name}/")
+            if own:
+                callback.load_state_tensors(own)
+            if content["callbacks"].get(callback.name):
+                callback.load_state_dict(content["callbacks"][callback.name])
+        version, internal, gauss = content["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        _set_rng(_below(tensors, "rng/"))
+        progress = Progress(**content["progress"])
+        self.newest_step = progress.step
+        return progress, content["loader"]
+
+    def save(
+        self,
+        progress: Progress,
+        fill: Callable[[Path], None],
+        loader_state: Mapping[str, Any],
+        callbacks: Iterable[Callback],
+    ) -> None:
+        """Write the checkpoint of this moment, then delete what is beyond the limit; raises CheckpointError."""
+
+        def write(folder: Path) -> None:
+            (folder / "trainer").mkdir()
+            fill(folder)
+            _write_run_state(folder, progress, self.settings, loader_state, list(callbacks))
+
+        facts = {"config_hash": settings_hash(self.settings), "world_size": self.world_size}
+        write_checkpoint(self.root, progress.step, write, facts)
+        self.newest_step = progress.step
+        keep_newest(self.root, self.limit, also=progress.best_step)
+
+    def trim_logs(self, step: int) -> None:
+        """Drop the lines after `step`: the resumed run writes them again."""
+        for name in ("metrics.jsonl", "gates.jsonl"):
+            JsonLines(self.run_dir / name).trim(step)
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings, for the manifest."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _write_run_state(
+    folder: Path,
+    progress: Progress,
+    settings: Mapping[str, Any],
+    loader_state: Mapping[str, Any],
+    callbacks: list[Callback],
+) -> None:
+    tensors = {f"rng/{name}": state for name, state in _rng_tensors().items()}
+    for callback in callbacks:
+        tensors.update({f"callback/{callback.name}/{key}": t.cpu() for key, t in callback.state_tensors().items()})
+    content = {
+        "progress": asdict(progress),
+        "settings": settings,
+        "loader": loader_state,
+        "python_rng": random.getstate(),
+        "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
+    }
+    (folder / STATE_JSON).write_text(json.dumps(content), encoding="utf-8")
+    save_file(tensors, folder / STATE_TENSORS)
+
+
+def read_run_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint's trainer folder; raises CheckpointError when it cannot be read."""
+    path = folder / STATE_JSON
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return content
+
+
+def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing the fields in which the run's settings differ from the checkpoint's."""
+    absent = "absent"
+    differing = [
+        f"{key} ({saved.get(key, absent)} -> {wanted.get(key, absent)})"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key, absent) != wanted.get(key, absent)
+    ]
+    if differing:
+        fields = ", ".join(differing)
+        raise CheckpointError(
+            f"{folder}: made with other settings: {fields}; set them back, or start in a new system.run_dir"
+        )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states.update({f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())})
+    return states
+
+
+def _set_rng(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{index}" in states:  # absent when the checkpoint was made on a machine with fewer GPUs
+            torch.cuda.set_rng_state(states[f"cuda{index}"], index)
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
