@@ -1,7 +1,20 @@
 """The model: layers as data, mixers side by side, a gate between them, and exact caches."""
 
+from fusiontree.models.accounting import Accounting, account
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.convert import from_llama, from_mamba2
 from fusiontree.models.hybrid_model import HybridLanguageModel, HybridOutput
+from fusiontree.models.presets import preset
 
-__all__ = ["HybridCache", "HybridConfig", "HybridLanguageModel", "HybridOutput"]
+__all__ = [
+    "Accounting",
+    "HybridCache",
+    "HybridConfig",
+    "HybridLanguageModel",
+    "HybridOutput",
+    "account",
+    "from_llama",
+    "from_mamba2",
+    "preset",
+]

@@ -55,8 +55,8 @@ class HybridConfig(PreTrainedConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # left out: num_attention_heads
+    head_dim: int = None  # type: ignore[assignment]  # left out: hidden_size / num_attention_heads
     sliding_window: int | None = 256
     global_heads: int = 1
     rope_theta: float = 10000.0
@@ -78,12 +78,12 @@ class HybridConfig(PreTrainedConfig):
     norm_placement: str = "post"
     norm_eps: float = 1e-6
     mlp_type: str = "mlp"
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]  # left out: 2 * hidden_size
     hidden_act: str = "gelu"
 
     drop_branch_prob: float = 0.0
     checkpointing: str = "branches"
-    layers: list[dict[str, Any]] | None = None
+    layers: list[dict[str, Any]] = None  # type: ignore[assignment]  # left out: all FusionTree blocks
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -111,7 +111,7 @@ class HybridConfig(PreTrainedConfig):
         """The layers with every default resolved."""
         return [
             LayerSpec(entry["block"], tuple(entry["mixers"]), entry["sliding_window"], entry["global_heads"])
-            for entry in self.layers or []
+            for entry in self.layers
         ]
 
     @property
