@@ -1,0 +1,27 @@
+"""A short name for a model's weights and layers, so that a plan or session made for another model is noticed."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+SAMPLES_PER_TENSOR = 256
+
+
+def model_fingerprint(model: Any) -> str:
+    """Hash of the layer list and of names, shapes and up to 256 evenly spaced values of every parameter.
+
+    Values are compared in bfloat16, so that the same checkpoint loaded in fp32 or bf16 has the same fingerprint.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.layers, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_sample(parameter.detach()).numpy().tobytes())
+    return "sha256:" + digest.hexdigest()[:32]
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+    return flat[::stride][:SAMPLES_PER_TENSOR].to(torch.bfloat16).cpu().contiguous().view(torch.int16)

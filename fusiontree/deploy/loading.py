@@ -1,0 +1,106 @@
+"""Models and tokenizers from folders that others made: safetensors and JSON only, no remote code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fusiontree.deploy.files import one_line, path_inside, read_json
+from fusiontree.errors import CheckpointError, FusionTreeError
+from fusiontree.models.config import HybridConfig
+from fusiontree.models.hybrid_model import HybridLanguageModel
+
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; an index may only name plain files beside it."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder}: no {SINGLE} in it; only safetensors weights are read")
+    index = read_json(folder / INDEX, MAX_CONFIG_BYTES, CheckpointError)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map from names to files")
+    for name in set(names.values()):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / INDEX}: {one_line(repr(name), 80)} is not a file in this folder")
+    return sorted(folder / name for name in set(names.values()))
+
+
+def check_model_folder(path: str | Path) -> Path:
+    """The folder as a Path when it is a FusionTree checkpoint; CheckpointError otherwise. Reads no weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; give a model folder with config.json and {SINGLE}")
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES, CheckpointError)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != HybridConfig.model_type:
+        raise CheckpointError(
+            f"{folder}: config.json has model_type {one_line(repr(kind), 60)}; "
+            f"only {HybridConfig.model_type!r} is allowed"
+        )
+    weight_files(folder)
+    return folder
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> HybridLanguageModel:
+    """The model of a folder, in evaluation mode; `dtype` None keeps the stored one. CheckpointError when damaged."""
+    folder = check_model_folder(path)
+    try:
+        model, info = HybridLanguageModel.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except FusionTreeError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as problem:
+        raise CheckpointError(f"{folder}: the checkpoint cannot be loaded: {one_line(problem)}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info.get(kind, ())):
+            count = f"{len(names)} {kind.replace('_', ' ')}"
+            raise CheckpointError(f"{folder}: the weights do not fit config.json: {count}, such as {names[0]}")
+    return model.to(device).eval()
+
+
+def load_saved_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model; never runs code from the folder."""
+    folder = Path(path)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{folder}: has no tokenizer (tokenizer.json)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as problem:  # the tokenizers library raises bare Exception for malformed files
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {one_line(problem)}") from None
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+MAX_TOKENIZER_BYTES = 512 * 1024 * 1024
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer of `source` byte by byte under its known names; returns those copied."""
+    copied = []
+    for name in TOKENIZER_FILES:
+        original = source / name
+        if not original.is_file():
+            continue
+        if original.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{original}: larger than the {MAX_TOKENIZER_BYTES:,} bytes allowed")
+        path_inside(target, name, CheckpointError).write_bytes(original.read_bytes())
+        copied.append(name)
+    return copied
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,71 @@
+"""The draw: exact against its definition, the same for the same seed and position, and only among what is allowed."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fusiontree.deploy.sampling import GenerationOptions, next_token
+from fusiontree.errors import CheckpointError, ConfigError
+
+LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
+
+
+def draws(options: GenerationOptions, count: int = 4000) -> dict[int, float]:
+    counted = Counter(next_token(LOGITS, [0] * (1 + i % 7), options, seed=i) for i in range(count))
+    return {token: number / count for token, number in counted.items()}
+
+
+def test_temperature_zero_takes_the_most_probable() -> None:
+    assert next_token(LOGITS, [3], GenerationOptions(), seed=5) == 0
+
+
+def test_draws_follow_the_probabilities() -> None:
+    found = draws(GenerationOptions(temperature=1.0))
+    for token, probability in enumerate([0.5, 0.25, 0.15, 0.1]):
+        assert found[token] == pytest.approx(probability, abs=0.03)
+
+
+def test_top_k_and_top_p_keep_the_most_probable_and_their_proportions() -> None:
+    assert set(draws(GenerationOptions(temperature=1.0, top_k=2))) == {0, 1}
+    nucleus = draws(GenerationOptions(temperature=1.0, top_p=0.7))
+    assert set(nucleus) == {0, 1}
+    assert nucleus[0] == pytest.approx(2 / 3, abs=0.03)
+    assert set(draws(GenerationOptions(temperature=1.0, top_p=0.01))) == {0}
+
+
+def test_the_penalty_counts_every_token_of_the_text_once() -> None:
+    logits = torch.tensor([2.0, 1.5, -1.0])
+    assert next_token(logits, [0, 0, 0], GenerationOptions(repetition_penalty=1.5), 0) == 1
+    assert next_token(logits, [0, 0, 0], GenerationOptions(repetition_penalty=1.2), 0) == 0
+    assert next_token(torch.tensor([-1.0, -1.5]), [0], GenerationOptions(repetition_penalty=2.0), 0) == 1
+
+
+def test_seed_and_position_decide_the_draw() -> None:
+    options = GenerationOptions(temperature=1.0)
+    assert [next_token(LOGITS, [1] * n, options, 3) for n in range(1, 50)] == [
+        next_token(LOGITS, [2] * n, options, 3) for n in range(1, 50)
+    ]
+    assert len({tuple(next_token(LOGITS, [1] * n, options, seed) for n in range(1, 20)) for seed in range(10)}) == 10
+
+
+def test_output_that_is_not_finite_is_an_error_not_a_token() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match="not finite"):
+            next_token(torch.tensor([0.0, value]), [0], GenerationOptions(), 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 1.5}, {"max_new_tokens": True},
+        {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "1"},
+        {"top_k": -1}, {"top_k": 2.0}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": float("nan")},
+        {"repetition_penalty": 0}, {"repetition_penalty": float("nan")}, {"seed": -1}, {"seed": "x"},
+        {"stop": ""}, {"stop": ["a"] * 17}, {"stop": [3]}, {"stop": "x" * 201},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_impossible_options_are_refused_by_name(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        GenerationOptions(**wrong)
