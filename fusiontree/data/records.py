@@ -102,7 +102,7 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
 def read_sections(handle: BinaryIO, separator: re.Pattern[bytes] | None, limit: int) -> Iterator[Section]:
     """Yield the sections of a file in order, holding at most `limit` bytes and a chunk of it (None: one section).
 
-    A section that outgrows `limit` is read to its end and thrown away on the way.
+    A section that outgrows `limit` is read to its end and thrown away on the way. An empty file is one empty section.
     """
     overlap = 2 * len(separator.pattern) if separator else 0
     rest = bytearray()
@@ -123,7 +123,7 @@ def read_sections(handle: BinaryIO, separator: re.Pattern[bytes] | None, limit: 
             lost, lost_lines = lost + drop, lost_lines + rest.count(b"\n", 0, drop)
             del rest[:drop]
         searched = max(0, len(rest) - overlap)
-    if lost or rest:
+    if lost or rest or offset == 0:
         size = lost + len(rest)
         yield Section(offset, line, size, bytes(rest) if size <= limit else None)
 

@@ -34,7 +34,10 @@ NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 def stdlib_corpus() -> list[Path]:
     """Sorted .py files of the running Python's own standard library, without site-packages and test folders."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if not NOT_CORPUS & set(path.relative_to(root).parts[:-1])]
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in NOT_CORPUS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise DataError(f"{STDLIB}: no .py files under {root}: this Python carries no sources, name your own files")
     return sorted(files)

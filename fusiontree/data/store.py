@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,7 +88,8 @@ class StoreWriter:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if self._handle is not None:
-            self._handle.close()
+            with suppress(OSError):  # a full disk fails here once more; the draft goes anyway
+                self._handle.close()
         shutil.rmtree(self._draft, ignore_errors=True)
 
     def append(self, document: Document, ids: list[int]) -> None:

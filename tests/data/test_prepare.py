@@ -1,0 +1,187 @@
+"""Token stores: whole or absent, found again, refused when they do not fit, split without overlap."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusiontree.data import SourceConfig, TokenStore, open_source, prepare, prepare_static, train_tokenizer
+from fusiontree.data.splits import all_pieces, hold_out
+from fusiontree.errors import ConfigError, DataError
+
+TEXTS = [f"document {index} " + "words " * (index % 7) for index in range(60)]
+
+
+def documents(store: TokenStore) -> list[str]:
+    bounds = zip(store.offsets[:-1], store.offsets[1:], strict=True)
+    return [bytes(store.read(begin, end)[:-1].tolist()).decode() for begin, end in bounds]
+
+
+def test_a_store_holds_each_document_with_its_end_and_origin(jsonl, tokenizer) -> None:
+    path = jsonl(TEXTS)
+    store = open_source(SourceConfig(path=path), tokenizer)
+    assert documents(store) == TEXTS
+    assert all(store.read(end - 1, end)[0] == tokenizer.eos_token_id for end in store.offsets[1:])
+    assert store.locate(7) == f"{path}:8"
+    offset, size = store.origins[7, 2:]
+    assert json.loads(Path(path).read_bytes()[offset : offset + size])["text"] == TEXTS[7]
+
+
+def test_the_name_of_a_special_token_in_the_text_stays_text(jsonl, tokenizer) -> None:
+    store = open_source(SourceConfig(path=jsonl(["a<|endoftext|>b<|pad|>"])), tokenizer)
+    assert documents(store) == ["a<|endoftext|>b<|pad|>"]
+
+
+def test_static_and_lazy_give_the_same_tokens(jsonl, tokenizer, tmp_path: Path) -> None:
+    source = SourceConfig(path=jsonl(TEXTS))
+    lazy, static = open_source(source, tokenizer), prepare_static([source], tokenizer, tmp_path / "static")
+    opened = open_source(SourceConfig(path=str(tmp_path / "static"), mode="static"), tokenizer)
+    assert lazy.fingerprint == static.fingerprint == opened.fingerprint
+    assert documents(opened) == TEXTS
+    assert sorted(os.listdir(tmp_path)) == ["cache", "static", "text.jsonl"]
+
+
+def test_a_second_opening_reads_no_text(jsonl, tokenizer, monkeypatch) -> None:
+    source = SourceConfig(path=jsonl(TEXTS))
+    first = open_source(source, tokenizer)
+    monkeypatch.setattr(prepare, "read_source", lambda *a: pytest.fail("read again"))
+    assert open_source(source, tokenizer).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("change", ["text", "setting", "tokenizer"])
+def test_a_change_makes_another_store(jsonl, tokenizer, tmp_path: Path, change: str) -> None:
+    source = SourceConfig(path=jsonl(TEXTS))
+    first = open_source(source, tokenizer)
+    if change == "text":
+        jsonl([*TEXTS[:-1], TEXTS[-1].replace("words", "wards")])
+    elif change == "setting":
+        source = source.model_copy(update={"min_length": 20})
+    else:
+        tokenizer = train_tokenizer([source], 270, tmp_path / "tokenizer")
+    assert open_source(source, tokenizer).fingerprint != first.fingerprint
+
+
+def test_a_copy_elsewhere_has_the_same_fingerprint(jsonl, tokenizer) -> None:
+    one, two = (open_source(SourceConfig(path=jsonl(TEXTS, name)), tokenizer) for name in ("a.jsonl", "b.jsonl"))
+    assert one.folder != two.folder and one.fingerprint == two.fingerprint
+
+
+def test_an_interruption_leaves_nothing_and_a_restart_works(jsonl, tokenizer, tmp_path, monkeypatch) -> None:
+    source, folder = SourceConfig(path=jsonl(TEXTS)), tmp_path / "static"
+
+    def interrupted(*args: object) -> object:
+        yield next(original(*args))
+        raise KeyboardInterrupt
+
+    original = prepare._tokenise
+    monkeypatch.setattr(prepare, "_tokenise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_static([source], tokenizer, folder)
+    assert not folder.exists() and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    (tmp_path / "static.tmp").mkdir()  # a killed process cannot tidy up
+    (tmp_path / "static.tmp/tokens.bin").write_bytes(b"half")
+    assert documents(prepare_static([source], tokenizer, folder)) == TEXTS
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_preparing_again_returns_what_is_there_and_never_overwrites(jsonl, tokenizer, tmp_path: Path) -> None:
+    source, folder = SourceConfig(path=jsonl(TEXTS)), tmp_path / "static"
+    first = prepare_static([source], tokenizer, folder)
+    assert prepare_static([source], tokenizer, folder).fingerprint == first.fingerprint
+    with pytest.raises(DataError, match="other text or another tokenizer"):
+        prepare_static([SourceConfig(path=jsonl(TEXTS[1:], "b.jsonl"))], tokenizer, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no meta\.json"):
+        prepare_static([source], tokenizer, tmp_path / "mine")
+    with pytest.raises(ConfigError, match="weights belong to training"):
+        prepare_static([source.model_copy(update={"weight": 2.0})], tokenizer, tmp_path / "w")
+
+
+def test_a_static_store_of_another_tokenizer_is_refused(jsonl, tokenizer, tmp_path: Path) -> None:
+    source = SourceConfig(path=jsonl(TEXTS))
+    prepare_static([source], tokenizer, tmp_path / "static")
+    other = train_tokenizer([source], 270, tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="another tokenizer"):
+        open_source(SourceConfig(path=str(tmp_path / "static"), mode="static"), other)
+
+
+DAMAGES = {
+    "meta": lambda folder: (folder / "meta.json").write_text("{"),
+    "foreign": lambda folder: (folder / "meta.json").write_text('{"format": "other"}'),
+    "tokens": lambda folder: os.truncate(folder / "tokens.bin", 100),
+    "gone": lambda folder: (folder / "hashes.npy").unlink(),
+    "offsets": lambda folder: np.save(folder / "offsets.npy", np.arange(3)),
+    "empty": lambda folder: (folder / "origins.npy").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_refused_and_a_damaged_cache_made_again(jsonl, tokenizer, tmp_path, damage, caplog) -> None:
+    source = SourceConfig(path=jsonl(TEXTS))
+    prepare_static([source], tokenizer, tmp_path / "static")
+    DAMAGES[damage](tmp_path / "static")
+    with pytest.raises(DataError, match="static"):
+        open_source(SourceConfig(path=str(tmp_path / "static"), mode="static"), tokenizer)
+    cached = open_source(source, tokenizer)
+    DAMAGES[damage](cached.folder)
+    assert documents(open_source(source, tokenizer)) == TEXTS
+    assert "tokenising again" in caplog.text
+
+
+def test_bad_records_are_remembered_and_judged_at_each_opening(tmp_path: Path, tokenizer) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join('{"text": "x"}\n' for _ in range(9)) + "{\n")
+    source = SourceConfig(path=str(path))
+    assert open_source(source, tokenizer).bad_records.examples[0].startswith(f"{path}:10: malformed JSON")
+    assert open_source(source, tokenizer).bad_records.count == 1
+    with pytest.raises(DataError, match="1 of 10 records are bad"):
+        open_source(source.model_copy(update={"max_bad_fraction": 0.0}), tokenizer)
+
+
+def test_a_cache_that_cannot_be_written_is_named(jsonl, tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=f"{tmp_path}/file/.*cannot be written"):
+        open_source(SourceConfig(path=jsonl(TEXTS)), tokenizer, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("texts", "fraction"),
+    [(TEXTS, 0.1), (TEXTS, 0.001), (TEXTS[:5], 0.5), (["one long book " * 50], 0.1), (["a" * 90, "b" * 30], 0.01)],
+)
+def test_the_two_sides_tile_the_text_without_overlap(jsonl, tokenizer, texts: list[str], fraction: float) -> None:
+    store = open_source(SourceConfig(path=jsonl(texts)), tokenizer)
+    sides = [hold_out(store, fraction, split, "a") for split in ("train", "validation")]
+    tokens = [
+        token
+        for side in sides
+        for begin, length in zip(side.begins, side.lengths, strict=True)
+        for token in range(begin, begin + length)
+    ]
+    assert sorted(tokens) == list(range(int(store.offsets[-1])))
+    assert sides[1].lengths.max() >= 2
+    assert sides[1].lengths.sum() <= max(0.2, 2 * fraction) * len(tokens)
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_of_documents(jsonl, tokenizer) -> None:
+    held = []
+    for name, texts in (("a.jsonl", TEXTS), ("b.jsonl", TEXTS[::-1])):
+        store = open_source(SourceConfig(path=jsonl(texts, name)), tokenizer)
+        side = hold_out(store, 0.1, "validation", "a")
+        held.append({bytes(store.read(b, b + n - 1).tolist()) for b, n in zip(side.begins, side.lengths, strict=True)})
+    assert held[0] == held[1]
+
+
+def test_no_fraction_holds_nothing_out(jsonl, tokenizer) -> None:
+    store = open_source(SourceConfig(path=jsonl(TEXTS)), tokenizer)
+    assert hold_out(store, 0.0, "train", "a").lengths.sum() == all_pieces(store).lengths.sum()
+    with pytest.raises(DataError, match="nothing left for validation"):
+        hold_out(store, 0.0, "validation", "a")
+    tiny = open_source(SourceConfig(path=jsonl(["a"], "tiny.jsonl")), tokenizer)
+    with pytest.raises(DataError, match="nothing left for validation"):
+        hold_out(tiny, 0.01, "validation", "a")
