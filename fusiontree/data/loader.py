@@ -21,6 +21,7 @@ from fusiontree.data.store import TokenStore
 from fusiontree.errors import ConfigError, DataError
 
 STATE_VERSION = 1
+VALIDATION_ORDER = 0
 FOLLOWED = ("split", "sequence_length", "packing", "seed", "fingerprint")
 
 
@@ -43,7 +44,10 @@ class Shape:
 
 
 class Loader:
-    """Batches of one split. Training never ends (see `samples_per_epoch`); validation goes through its samples once.
+    """Batches of one split, by global sample index.
+
+    Training never ends (see `samples_per_epoch`). Validation goes through its samples once, in an order that no seed
+    changes, mixed so that its first few batches are a fair sample of all sources.
 
     Sample numbers `position … position + batch_size × world_size` make up one step, divided among the ranks in order,
     so the same samples come at the same step on another number of ranks with the same global batch.
@@ -57,13 +61,12 @@ class Loader:
         self._workers, self._split, self._seed = config.num_workers, split, seed
         self._endless = split == "train"
         weights = [source.weight for source in config.train if source.weight is not None] if self._endless else []
+        order = seed if self._endless else VALIDATION_ORDER
         kind = PackedRows if config.packing else SingleRows
         self._rows = [
-            kind(piece, shape.sequence_length, make_key(seed, number) if self._endless else None)
-            for number, piece in enumerate(pieces)
+            kind(piece, shape.sequence_length, make_key(order, number)) for number, piece in enumerate(pieces)
         ]
-        key = make_key(seed) if self._endless else None
-        self._mixture = Mixture(self._rows, weights or None, key, bucketed=not config.packing)
+        self._mixture = Mixture(self._rows, weights or None, make_key(order), bucketed=not config.packing)
         self.samples_per_epoch = self._mixture.size
         """Rows until every one has come once (with weights: as many)."""
         self.tokens_per_epoch = sum(int(piece.lengths.sum()) for piece in pieces)

@@ -28,11 +28,9 @@ class Place(NamedTuple):
 
 
 class Mixture:
-    """Rows of several sources in one endless order; `key` None: as they lie (short ones first if bucketed)."""
+    """Rows of several sources in one endless order that `key` names; bucketed: neighbours have similar lengths."""
 
-    def __init__(
-        self, sources: Sequence[Rows], weights: Sequence[float] | None, key: int | None, bucketed: bool
-    ) -> None:
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float] | None, key: int, bucketed: bool) -> None:
         self._sources, self._key, self._bucketed = sources, key, bucketed
         self._counts = np.array(_shares([rows.count for rows in sources], weights))
         self._ends = np.cumsum(self._counts)
@@ -48,8 +46,6 @@ class Mixture:
     def _slot(self, epoch: int, index: int) -> int:
         if self._bucketed:
             return int(self._order(epoch)[index])
-        if self._key is None:
-            return index
         return int(permute(index, self.size, make_key(self._key, epoch))[0])
 
     def _resolve(self, slots: Numbers, epoch: int) -> tuple[Numbers, Numbers, Numbers]:
@@ -65,8 +61,6 @@ class Mixture:
         The batch size plays no part, so the order stays the same when it changes.
         """
         places = np.arange(self.size)
-        if self._key is None:
-            return np.argsort(self._lengths(places, epoch), kind="stable")
         slots = permute(places, self.size, make_key(self._key, epoch))
         slots = slots[np.lexsort((self._lengths(slots, epoch), places // POOL))]
         blocks = -(-self.size // BLOCK)

@@ -35,7 +35,7 @@ class PackedRows:
     and nothing is carried over. Every token of a pass is in exactly one row; only the last row can be shorter.
     """
 
-    def __init__(self, pieces: Pieces, length: int, key: int | None) -> None:
+    def __init__(self, pieces: Pieces, length: int, key: int) -> None:
         self._pieces, self._length, self._key = pieces, length, key
         self._tokens = int(pieces.lengths.sum())
         self.count = -(-self._tokens // length)
@@ -60,16 +60,15 @@ class PackedRows:
         return np.minimum(self._tokens - rows * self._length, self._length)
 
     def _make_order(self, turn: int) -> tuple[Numbers, Numbers]:
-        documents = np.arange(len(self._pieces.begins))
-        if self._key is not None:
-            documents = permute(documents, len(documents), make_key(self._key, turn))
+        count = len(self._pieces.begins)
+        documents = permute(np.arange(count), count, make_key(self._key, turn))
         return documents, np.cumsum(self._pieces.lengths[documents])
 
 
 class SingleRows:
     """One document per row; a document longer than `length` becomes several rows."""
 
-    def __init__(self, pieces: Pieces, length: int, key: int | None) -> None:
+    def __init__(self, pieces: Pieces, length: int, key: int) -> None:
         self._pieces, self._length, self._key = pieces, length, key
         self._last = np.cumsum(-(-pieces.lengths // length))
         self.count = int(self._last[-1])
@@ -86,11 +85,10 @@ class SingleRows:
 
     def _place(self, rows: Numbers, turns: Numbers) -> tuple[Numbers, Numbers]:
         """Document of each row and the tokens of it that come before."""
-        if self._key is not None:
-            rows = rows.copy()
-            for turn in np.unique(turns):
-                here = turns == turn
-                rows[here] = permute(rows[here], self.count, make_key(self._key, int(turn)))
-        document = np.searchsorted(self._last, rows, side="right")
+        shuffled = np.empty_like(rows)
+        for turn in np.unique(turns):
+            here = turns == turn
+            shuffled[here] = permute(rows[here], self.count, make_key(self._key, int(turn)))
+        document = np.searchsorted(self._last, shuffled, side="right")
         first = self._last[document] - -(-self._pieces.lengths[document] // self._length)
-        return document, (rows - first) * self._length
+        return document, (shuffled - first) * self._length

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data import byte_tokenizer
+
+settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)
