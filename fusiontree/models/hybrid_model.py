@@ -23,10 +23,12 @@ from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.hybrid_block import LayerOutput, build_block
 from fusiontree.models.init import init_module, mark_no_weight_decay
-from fusiontree.models.norms import RMSNorm, compute_dtype
+from fusiontree.models.norms import RMSNorm
 from fusiontree.models.positions import Positions, RotaryTable
 from fusiontree.models.segments import Segments, lay_out, normal_order
 from fusiontree.models.srte import SRTE
+from fusiontree.ops import linear_cross_entropy
+from fusiontree.ops.autocast import autocast_dtype
 
 
 @dataclass
@@ -148,7 +150,7 @@ class HybridModel(HybridPreTrainedModel):
         longest = bound if position_ids is None else max(bound, int(ids.max()) + 1)
         positions = Positions(ids, longest)
         if self.uses_attention:
-            positions.rotary = self.rotary.lookup(ids, longest, compute_dtype(x))
+            positions.rotary = self.rotary.lookup(ids, longest, autocast_dtype(x))
         if self.srte is not None:
             positions.srte = self.srte(ids, longest)
         return positions, segments
@@ -195,6 +197,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_gates: bool = False,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> HybridOutput:
         """Logits, and with `labels` the mean cross entropy over labels that are not -100.
@@ -204,6 +207,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         attention nor states nor the loss. labels (B, L) are unshifted. With `output_gates`, `gates` holds each layer's
         gate (B, L, H) with its gradient, 1 all Mamba and 0 all attention, None where a layer has one branch;
         `branch_rms` the detached root mean square (2,) of each branch's output. logits_to_keep: only the last n logits.
+        skip_logits: with `labels`, compute the loss without the logits ever standing in memory; `logits` is then None.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -215,9 +219,12 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         stack = self.model(
             inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
         )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(stack.hidden[:, rows])
-        loss = None if labels is None else _next_token_loss(logits, labels, stack.document_starts, kwargs.get("num_items_in_batch"))
+        loss = logits = None
+        if not (skip_logits and labels is not None):
+            rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(stack.hidden[:, rows])
+        if labels is not None:
+            loss = self._loss(stack, logits, labels, kwargs.get("num_items_in_batch"))
         return HybridOutput(
             loss=loss,
             logits=logits,
@@ -226,6 +233,18 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             gates=tuple(out.gate for out in stack.outputs) if output_gates else None,
             branch_rms=tuple(out.branch_rms for out in stack.outputs) if output_gates else None,
         )
+
+    def _loss(self, stack: _Stack, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
+        """Mean cross entropy of each token given those before it, never across the start of a document."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if stack.document_starts is not None:
+            targets = targets.masked_fill(F.pad(stack.document_starts[:, 1:], (0, 1)), -100)
+        targets = targets.flatten()
+        if logits is None:
+            total = linear_cross_entropy(stack.hidden.flatten(0, 1), self.lm_head.weight, targets)
+        else:
+            total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+        return total / ((targets != -100).sum().clamp_min(1) if count is None else count)
 
     @property
     def removed_branches(self) -> dict[int, str]:
@@ -319,18 +338,6 @@ def _progress_after(
         return past
     valid, position_ids, seq_idx = (None if t is None else t[:, :kept] for t in (valid, position_ids, seq_idx))
     return lay_out(batch, kept, device, valid, position_ids, seq_idx, past)[2]
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor, starts: Tensor | None, count: Any) -> Tensor:
-    """Mean cross entropy of each token given those before it, never across the start of a document."""
-    targets = labels[:, 1:]
-    if starts is not None:
-        targets = targets.masked_fill(starts[:, 1:], -100)
-    flat = logits[:, :-1].flatten(0, 1).float()
-    total = F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
-    if count is None:
-        count = (targets != -100).sum().clamp_min(1)
-    return total / count
 
 
 AutoConfig.register("fusiontree", HybridConfig)

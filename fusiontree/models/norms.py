@@ -1,4 +1,4 @@
-"""Normalisation. RMSNorm computes in fp32 and hands on the dtype the next product wants."""
+"""Normalisation, in fp32 inside."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products will run in: autocast's where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in x's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -101,32 +101,48 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: MaskMemo) -> Tensor:
-    """Blocks of Q queries, each with the Q + W - 1 keys it can see: work and memory grow as L·W."""
+    """Blocks of Q queries, each with the keys it can see and the rest of their blocks: work and memory grow as L·W."""
     batch, heads, length, size = q.shape
     keys = k.shape[2]
-    Q = min(length, max(window // 2, 32))
-    n = -(-length // Q)
-    halo = window - 1
-    before, after = length + halo - keys, n * Q - length  # keys missing in front (superfluous if negative), queries behind
-    k, v = (F.pad(t, (0, 0, before, after)) for t in (k, v))
-    q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q)).transpose(1, 2).flatten(0, 1)
-    k_blocks, v_blocks = (
-        repeat_heads(t, heads).unfold(2, Q + halo, Q).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k, v)
-    )
-    build = partial(_window_mask, batch, length, keys, n, Q, window, reach, q.device)
+    Q = min(length, max(window // 4, 32))
+    n, m = -(-length // Q), -(-window // Q)  # query blocks; key blocks before each query's own
+    before, after = length + m * Q - keys, n * Q - length  # keys missing in front (superfluous if negative), queries behind
+    q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q))
+    k_blocks, v_blocks = (_key_windows(F.pad(repeat_heads(t, heads), (0, 0, before, after)), Q, m) for t in (k, v))
+    build = partial(_window_mask, batch, length, keys, n, Q, m, window, reach, q.device)
     mask = _remembered(masks, ("window", window, length, keys), q.dtype, build)
-    out = _sdpa(q_blocks, k_blocks, v_blocks, mask)
-    return out.unflatten(0, (batch, n)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    inner = _block_products if q.device.type == "cpu" else _block_sdpa
+    return inner(q_blocks, k_blocks, v_blocks, mask).flatten(2, 3)[:, :, :length]
+
+
+def _key_windows(t: Tensor, Q: int, m: int) -> Tensor:
+    """(B, H, (n + m)·Q, P) → (B, H, n, (m + 1)·Q, P): each block with the m before it."""
+    blocks = t.unflatten(2, (-1, Q))
+    n = blocks.shape[2] - m
+    return torch.cat([blocks[:, :, i : i + n] for i in range(m + 1)], dim=3)
+
+
+def _block_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Scores in the open: for blocks this small on a CPU three times as fast, forward and backward, as its flash kernel."""
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    scores += mask
+    return torch.matmul(scores.softmax(-1), v)
+
+
+def _block_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same through SDPA, blocks as batch rows: no scores in memory on a GPU."""
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    mask = mask.expand(q.shape[0], 1, *mask.shape[2:]).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(*rows, attn_mask=mask).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
 def _window_mask(
-    batch: int, length: int, keys: int, n: int, Q: int, window: int, reach: Tensor | None, device: torch.device
+    batch: int, length: int, keys: int, n: int, Q: int, m: int, window: int, reach: Tensor | None, device: torch.device
 ) -> Tensor:
-    """(B·n, 1, Q, Q + W - 1) bool: at most W keys back, not before the first key, not before the own document."""
+    """(1 or B, 1, n, Q, (m + 1)·Q) bool: at most W keys back, not before the first key, not before the own document."""
     slot = torch.arange(n * Q, device=device).view(n, Q) + keys - length
     own = torch.clamp(slot + 1, max=window)[None]  # keys that exist, the query included
     if reach is not None:
         own = torch.minimum(own, F.pad(reach, (0, n * Q - length), value=1).view(batch, n, Q))
-    back = torch.arange(Q, device=device)[:, None] + window - 1 - torch.arange(Q + window - 1, device=device)
-    visible = (back >= 0) & (back < own[..., None])  # (1 or B, n, Q, Q + W - 1)
-    return visible.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    back = torch.arange(Q, device=device)[:, None] + m * Q - torch.arange((m + 1) * Q, device=device)
+    return ((back >= 0) & (back < own[..., None]))[:, None]

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from torch import Tensor
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,3 +26,9 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products with x run in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
