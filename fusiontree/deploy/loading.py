@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusiontree.deploy.files import one_line, path_inside, read_json
+from fusiontree.deploy.plan import MAX_LAYERS
 from fusiontree.errors import CheckpointError, FusionTreeError
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
@@ -45,6 +46,9 @@ def check_model_folder(path: str | Path) -> Path:
             f"{folder}: config.json has model_type {one_line(repr(kind), 60)}; "
             f"only {HybridConfig.model_type!r} is allowed"
         )
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:  # before a list of that length is made
+        raise CheckpointError(f"{folder}: {layers} layers are too many; at most {MAX_LAYERS}")
     weight_files(folder)
     return folder
 
@@ -55,18 +59,32 @@ def load_model(
     """The model of a folder, in evaluation mode; `dtype` None keeps the stored one. CheckpointError when damaged."""
     folder = check_model_folder(path)
     try:
-        model, info = HybridLanguageModel.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        config = HybridConfig.from_pretrained(folder, local_files_only=True)
+        _check_shapes(folder, config)
+        model = HybridLanguageModel.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
         )
-    except FusionTreeError:
-        raise
+    except FusionTreeError as problem:
+        raise CheckpointError(one_line(problem if str(folder) in str(problem) else f"{folder}: {problem}")) from None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as problem:
         raise CheckpointError(f"{folder}: the checkpoint cannot be loaded: {one_line(problem)}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info.get(kind, ())):
-            count = f"{len(names)} {kind.replace('_', ' ')}"
-            raise CheckpointError(f"{folder}: the weights do not fit config.json: {count}, such as {names[0]}")
     return model.to(device).eval()
+
+
+def _check_shapes(folder: Path, config: HybridConfig) -> None:
+    """Compare the weights' names and shapes with what the config asks for, before anything is allocated."""
+    with torch.device("meta"):
+        wanted = {name: list(tensor.shape) for name, tensor in HybridLanguageModel(config).state_dict().items()}
+    stored: dict[str, list[int]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            stored.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+    if config.tie_word_embeddings:  # written once, under the embedding's name
+        stored.setdefault("lm_head.weight", stored.get("model.embed_tokens.weight", []))
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            asked, found = wanted.get(name, "nothing"), stored.get(name, "nothing")
+            raise CheckpointError(f"{folder}: config.json asks for {asked} as {name}, the weights hold {found}")
 
 
 def load_saved_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -91,18 +91,19 @@ def next_token(logits: Tensor, text_ids: Sequence[int], options: GenerationOptio
     scores = logits.float().cpu()[None]
     if not bool(torch.isfinite(scores.amax())):
         raise CheckpointError("the model's output is not finite; its weights are damaged or its dtype overflows")
-    ids = torch.tensor([list(text_ids)])
     if options.repetition_penalty != 1.0:
+        ids = torch.tensor([list(text_ids)])
         seen = scores.gather(1, ids)
         penalised = torch.where(seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty)
         scores = scores.scatter(1, ids, penalised)
     if options.temperature == 0:
         return int(scores.argmax())
-    scores = TemperatureLogitsWarper(float(options.temperature))(ids, scores)
+    unread = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the scores only
+    scores = TemperatureLogitsWarper(float(options.temperature))(unread, scores)
     if options.top_k:
-        scores = TopKLogitsWarper(options.top_k)(ids, scores)
+        scores = TopKLogitsWarper(options.top_k)(unread, scores)
     if options.top_p < 1:
-        scores = TopPLogitsWarper(float(options.top_p))(ids, scores)
+        scores = TopPLogitsWarper(float(options.top_p))(unread, scores)
     cumulative = scores[0].double().softmax(-1).cumsum(-1)
     drawn = int(torch.searchsorted(cumulative, uniform(seed, len(text_ids)) * float(cumulative[-1]), right=True))
     return min(drawn, int(torch.nonzero(scores[0] > -math.inf).max()))
