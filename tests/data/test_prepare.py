@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,12 @@ def test_no_fraction_holds_nothing_out(jsonl, tokenizer) -> None:
     tiny = open_source(SourceConfig(path=jsonl(["a"], "tiny.jsonl")), tokenizer)
     with pytest.raises(DataError, match="nothing left for validation"):
         hold_out(tiny, 0.01, "validation", "a")
+
+
+def test_several_at_once_do_the_work_once(jsonl, tokenizer, monkeypatch) -> None:
+    source, built = SourceConfig(path=jsonl(TEXTS)), []
+    original = prepare._build
+    monkeypatch.setattr(prepare, "_build", lambda *a: built.append(1) or original(*a))
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: open_source(source, tokenizer), range(4)))
+    assert len(built) == 1 and all(documents(store) == TEXTS for store in stores)

@@ -141,3 +141,10 @@ def test_resolving_trains_or_loads_once_and_then_keeps_the_runs_own(source: Sour
         resolve_tokenizer(TokenizerConfig(), [], tmp_path / "none")
     with pytest.raises(ValueError, match="exclude each other"):
         TokenizerConfig(path="byte", train_vocab_size=300)
+
+
+def test_unusable_text_stops_the_training_with_its_own_message(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + "{\n" * 9)
+    with pytest.raises(DataError, match=r"9 of 10 records are bad.*first .*a\.jsonl:2: malformed JSON"):
+        train_tokenizer([SourceConfig(path=str(tmp_path / "a.jsonl"))], 280, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
