@@ -66,7 +66,8 @@ def build_model(config: RunConfig, tokenizer: Any | None = None) -> HybridLangua
 
 
 def prepare_model(model: HybridLanguageModel, config: RunConfig, tokenizer: Any) -> None:
-    """Check the vocabulary and set what is computed again in the backward pass."""
+    """Check the vocabulary, keep the weights in fp32, and set what is computed again in the backward pass."""
+    model.float()
     check_vocabulary(tokenizer, model.config.vocab_size)
     mode = config.training.activation_checkpointing
     # The flag itself: the methods that set it were renamed between transformers 5.17 and 5.23.

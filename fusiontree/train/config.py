@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from fusiontree.data import DataConfig, StrictModel, TokenizerConfig
 from fusiontree.errors import ConfigError
@@ -16,7 +16,13 @@ from fusiontree.models import HybridConfig
 from fusiontree.train.yaml_files import parse_value, read_yaml
 
 
-class LossSection(StrictModel):
+class Section(StrictModel):
+    """A section of the run's settings: strict like all, and every number finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class LossSection(Section):
     """Weights of the composite loss and the two phases of the gates."""
 
     balance_weight: float = Field(default=0.01, ge=0)
@@ -37,7 +43,7 @@ class LossSection(StrictModel):
     """Softens both distributions; the term is multiplied by its square."""
 
 
-class TrainingSection(StrictModel):
+class TrainingSection(Section):
     """Steps, sizes, optimizer, schedule, precision, saving and validation."""
 
     steps: int = Field(ge=1)
@@ -104,7 +110,7 @@ class DataSection(DataConfig):
     """An existing tokenizer, or the size of the one to train on the run's own text."""
 
 
-class GateMonitorSection(StrictModel):
+class GateMonitorSection(Section):
     """What is watched of the gates, how often, and when it is worth an alarm."""
 
     enabled: bool = True
@@ -128,7 +134,7 @@ class GateMonitorSection(StrictModel):
     """Alarm when one branch's rms is below this fraction of the other's."""
 
 
-class LoggingSection(StrictModel):
+class LoggingSection(Section):
     """Where the figures go; metrics.jsonl is always written."""
 
     every: int = Field(default=10, ge=1)
@@ -140,7 +146,7 @@ class LoggingSection(StrictModel):
     wandb_project: str = "fusiontree"
 
 
-class SystemSection(StrictModel):
+class SystemSection(Section):
     """Folder, seed and machine."""
 
     run_dir: str = Field(default="runs/default", min_length=1)
@@ -152,7 +158,7 @@ class SystemSection(StrictModel):
     """CPU threads; null: torch's own choice."""
 
 
-class RunConfig(StrictModel):
+class RunConfig(Section):
     """A whole training run. `model` holds HybridConfig's arguments; `vocab_size` may be left out (the tokenizer's)."""
 
     model: dict[str, Any] = Field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.data import Loader, build_loader, resolve_tokenizer
-from fusiontree.errors import ConfigError, TrainingError
+from fusiontree.errors import CheckpointError, ConfigError, TrainingError
 from fusiontree.train.build import build_callbacks, build_model, choose_device, prepare_folder, prepare_model
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
 from fusiontree.train.checkpoint import RunLock, step_folder
@@ -27,6 +29,8 @@ from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_se
 from fusiontree.train.strategy import SingleProcess, Strategy
 from fusiontree.train.validation import Batch, Evaluate, Probe, Validation, model_inputs, to_device
 from fusiontree.train.yaml_files import write_yaml
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk that is full, or no longer to be written
 
 
 def train(
@@ -47,10 +51,15 @@ def train(
     """
     run_dir = Path(config.system.run_dir)
     prepare_folder(run_dir)
-    with RunLock(run_dir):
-        trainer = Trainer(config, run_dir, model, teacher, callbacks)
-        trainer.hold_out(evaluate, probes)
-        return trainer.run()
+    try:
+        with RunLock(run_dir):
+            trainer = Trainer(config, run_dir, model, teacher, callbacks)
+            trainer.hold_out(evaluate, probes)
+            return trainer.run()
+    except OSError as error:
+        if error.errno in _DISK:
+            raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
+        raise
 
 
 class Trainer:
@@ -71,8 +80,9 @@ class Trainer:
         self.loader = self._loader("train")
         self.model = model if model is not None else build_model(config, self.tokenizer)
         prepare_model(self.model, config, self.tokenizer)
-        self.strategy.wrap(self.model).train()
-        self.forward = torch.compile(self.model) if settings.compile else self.model
+        self.model.train()
+        wrapped = self.strategy.wrap(self.model)
+        self.forward = torch.compile(wrapped) if settings.compile else wrapped
         self.teacher = None if teacher is None else self.strategy.wrap(teacher).eval().requires_grad_(False)
         self.loss = HybridModelLoss(settings.loss, distill=teacher is not None)
         self.optimizers = build_optimizers(self.model, settings)
@@ -224,7 +234,7 @@ class Trainer:
 
         def fill(folder: Path) -> None:
             self.strategy.save(folder, self.model, self.optimizers)
-            self.tokenizer.save_pretrained(folder)
+            shutil.copytree(self.run_dir / "tokenizer", folder, dirs_exist_ok=True)
 
         self.store.save(self.progress, fill, self.loader.state_dict(), self.callbacks)
         self.clock = (time.monotonic(), self.progress.tokens)
@@ -238,9 +248,19 @@ class Trainer:
             self.loader.load_state_dict(loader_state)
             self.console.say(f"going on from step {self.progress.step} of {self.settings.steps} ({folder})")
         self.store.trim_logs(self.progress.step if folder is not None else -1)
+        self._introduce()
         text = write_yaml(self.config.model_dump(mode="json"))
         (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
         self.clock = (time.monotonic(), self.progress.tokens)
+
+    def _introduce(self) -> None:
+        """Say what is trained on what, and which records were left out."""
+        bad, say = self.loader.bad_records, self.console.say
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        say(f"model: {parameters / 1e6:.2f} M parameters on {self.strategy.device}")
+        say(f"data: {bad.summary()}; {self.loader.tokens_per_epoch / 1e6:.2f} M tokens per epoch")
+        for example in bad.examples[:5]:
+            say(f"warning: skipped {example}")
 
     def _finish(self) -> RunResult:
         """Say how it ended and write summary.json."""
@@ -262,6 +282,7 @@ class Trainer:
         )
         summary = {**asdict(result), "tokens": progress.tokens, "elapsed": progress.elapsed}
         summary.update(run_dir=self.run_dir.name, parameters=sum(p.numel() for p in self.model.parameters()))
+        summary["bad_records"] = self.loader.bad_records.to_json()
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return result
 

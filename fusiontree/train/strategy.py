@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from fusiontree.train.optim import Optimizers
 
@@ -75,7 +76,11 @@ class SingleProcess:
 
     def save(self, folder: Path, model: Any, optimizers: Optimizers) -> None:
         """Write model.safetensors, config.json and the optimizer's state."""
+        shown = is_progress_bar_enabled()
+        disable_progress_bar()  # transformers would draw its own bar through ours
         model.save_pretrained(folder)
+        if shown:
+            enable_progress_bar()
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in optimizers.state_tensors().items()}
         save_file(tensors, folder / OPTIMIZER_FILE)
 
