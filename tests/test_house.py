@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "lab": BASE | {"train", "eval", "deploy"},
     "recipes": BASE | {"train", "eval", "deploy", "lab"},
     "cli": BASE | {"train", "eval", "deploy", "lab", "recipes"},
-    "__init__": {"models"},
+    "__init__": {"models", "deploy"},
     "__main__": {"cli"},
 }
 OPTIONAL = [

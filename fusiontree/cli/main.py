@@ -1,5 +1,6 @@
 """`fusiontree <verb>`: the list of verbs, and the one place where an error becomes a line and an exit code."""
 
+import os
 import sys
 from typing import Any
 
@@ -38,6 +39,7 @@ app = typer.Typer(
     name="fusiontree",
     cls=Verbs,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
@@ -50,7 +52,8 @@ app.add_typer(data.app)
 
 
 def main() -> None:
-    """Console script: text in and out is UTF-8 whatever the locale says."""
+    """Console script: text in and out is UTF-8 whatever the locale says, and one progress bar at a time is enough."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also rules the bars of loading and saving weights
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")

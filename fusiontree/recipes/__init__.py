@@ -1,0 +1,1 @@
+"""Whole roads, composed of the rooms below."""
