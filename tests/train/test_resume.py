@@ -1,0 +1,221 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusiontree.errors import CheckpointError, DataError
+from fusiontree.train import Callback, latest_checkpoint, train
+from fusiontree.train.checkpoint import list_checkpoints
+from fusiontree.train.yaml_files import write_yaml
+from tests.train.tiny import lines, state_hashes, tiny_config, tiny_content, write_text
+
+COMMAND = """
+import sys
+from fusiontree.errors import FusionTreeError
+from fusiontree.train import load_config, train
+try:
+    print("interrupted" if train(load_config(sys.argv[1])).interrupted else "done")
+except FusionTreeError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+class StopAfter(Callback):
+    """Asks for an end as a signal would, after some steps."""
+
+    name = "stop_after"
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, run: Any) -> None:
+        if run.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert lines(one) == lines(other)
+    assert lines(one, "gates.jsonl") == lines(other, "gates.jsonl")
+    assert state_hashes(one) == state_hashes(other) != {}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"training__optimizer": "muon", "data__num_workers": 2, "data__packing": False}]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Includes branch dropout, accumulation, the monitor's running state, and a stop between two saves."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(tmp_path, system__run_dir=str(whole), **changes))
+    first = train(tiny_config(tmp_path, system__run_dir=str(parts), **changes), callbacks=[StopAfter(5)])
+    assert first.interrupted and first.step == 5
+    assert latest_checkpoint(parts) == parts / "checkpoints" / "step-00000005"
+    second = train(tiny_config(tmp_path, system__run_dir=str(parts), **changes))
+    assert not second.interrupted and second.step == 8
+    extra = {name for name in state_hashes(parts) if "step-00000005" in name}
+    assert lines(whole) == lines(parts)
+    assert lines(whole, "gates.jsonl") == lines(parts, "gates.jsonl")
+    assert {name: value for name, value in state_hashes(parts).items() if name not in extra} == state_hashes(whole)
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    first = train(tiny_config(tmp_path))
+    before = state_hashes(tmp_path / "run")
+    again = train(tiny_config(tmp_path))
+    assert again == first
+    assert state_hashes(tmp_path / "run") == before
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__schedule="constant", training__loss={"specialise_after": 1.0}))
+    result = train(
+        tiny_config(
+            tmp_path, training__schedule="constant", training__loss={"specialise_after": 1.0}, training__steps=10
+        )
+    )
+    assert result.step == 10
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, 11))
+
+
+def start(folder: Path, **changes: Any) -> subprocess.Popen[str]:
+    content = tiny_content(folder, logging__console="plain", **changes)
+    path = Path(content["system"]["run_dir"]).with_suffix(".yaml")
+    path.write_text(write_yaml(content), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMMAND, str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the metrics show the step; fails when the process ends first or a minute goes by."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").exists() else ""
+        if f'{{"step": {step}, "loss"' in found:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    pytest.fail(f"step {step} never came")
+
+
+LONG = {"training__steps": 24, "training__save_every": 3, "training__validation_every": 10}
+
+
+@pytest.mark.fault
+def test_sigkill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(tiny_config(tmp_path, system__run_dir=str(whole), **LONG))
+    for step in (8, 16):
+        process = start(tmp_path, system__run_dir=str(killed), **LONG)
+        wait_for_step(killed, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    process = start(tmp_path, system__run_dir=str(killed), **LONG)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "going on from step" in output
+    assert_same_run(whole, killed)
+    assert not list((killed / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    changes = {**LONG, "training__steps": 5000, "training__save_every": None, "training__validation_every": None}
+    process = start(tmp_path, **changes)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert output.rstrip().endswith("interrupted") and "run the same command again to go on" in output
+    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    last = [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-1]
+    assert folder.name == f"step-{last:08d}" and latest_checkpoint(tmp_path / "run") == folder
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.fault
+def test_a_full_disk_ends_with_one_line_and_the_older_checkpoint(tmp_path: Path) -> None:
+    """The child may not write files beyond a size that its second checkpoint's logs and weights pass."""
+    config = tiny_content(tmp_path, logging__console="plain")
+    path = tmp_path / "config.yaml"
+    path.write_text(write_yaml(config), encoding="utf-8")
+    train(tiny_config(tmp_path, training__steps=2))
+    size = (latest_checkpoint(tmp_path / "run") / "model.safetensors").stat().st_size  # type: ignore[operator]
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size - 1},) * 2)\n"
+    command = [sys.executable, "-c", limit + COMMAND, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "step-00000004: the checkpoint cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(tiny_config(tmp_path)).step == 8
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "whole"
+    train(tiny_config(tmp_path, system__run_dir=str(whole)))
+    train(tiny_config(tmp_path), callbacks=[StopAfter(6)])
+    path = tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    train(tiny_config(tmp_path, logging__console="plain"))
+    printed = capsys.readouterr().out
+    assert "warning" in printed and "step-00000006" in printed and "going on from step 4" in printed
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(tiny_config(tmp_path, training__steps=4))
+
+
+OTHER = [
+    ({"model__hidden_size": 64}, ["model.hidden_size (32 -> 64)"]),
+    ({"model__vocab_size": 300}, ["model.vocab_size (258 -> 300)"]),
+    ({"training__lr": 0.5}, ["training.lr (0.01 -> 0.5)"]),
+    ({"training__sequence_length": 16}, ["training.sequence_length (32 -> 16)"]),
+    ({"training__loss": {"balance_weight": 0.7}, "system__seed": 3}, ["training.loss.balance_weight", "system.seed"]),
+    ({"model__sliding_window": 4}, ["model.sliding_window (8 -> 4)", "model.layers"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), OTHER)
+def test_a_checkpoint_of_other_settings_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], expected: list[str]
+) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    before = state_hashes(tmp_path / "run")
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_config(tmp_path, training__steps=4, **changes))
+    for part in expected:
+        assert part in str(caught.value)
+    assert state_hashes(tmp_path / "run") == before
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["a"], content["model"]["vocab"]["b"] = 98, 97
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises((CheckpointError, DataError), match="tokenizer"):
+        train(tiny_config(tmp_path, training__steps=4))
+
+
+def test_other_text_is_refused(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    write_text(tmp_path / "text.txt", seed=1)
+    with pytest.raises(DataError, match="fingerprint"):
+        train(tiny_config(tmp_path, training__steps=4))
