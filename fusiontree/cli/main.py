@@ -52,11 +52,11 @@ app.add_typer(data.app)
 
 
 def main() -> None:
-    """Console script: text in and out is UTF-8 whatever the locale says, and one progress bar at a time is enough."""
+    """Console script: UTF-8 whatever the locale says, lines seen as they are written, one progress bar at a time."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also rules the bars of loading and saving weights
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     app()
 
 

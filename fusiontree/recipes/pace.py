@@ -16,7 +16,6 @@ TRAINING, HEALING, PRUNING = 0.55, 0.10, 0.08  # shares of the time; the rest is
 HEALING_COST = 1.4  # of a training step: the teacher's forward pass comes on top
 FORWARD_COST = 1 / 3
 OVERHEAD = 1.15  # optimizer, logging and saving, over forward and backward
-TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,14 @@ class Pace:
 
 
 def find_pace(config: RunConfig, seconds: float) -> Pace:
-    """Time both precisions on a throw-away model of `config` (vocabulary given) and share out `seconds`."""
+    """Time a throw-away model of `config` (vocabulary given) in the faster precision, and share out `seconds`."""
+    settings = config.training
     model = build_model(config).to(choose_device(config.system.device)).train()
-    times = {name: _seconds_per_step(model, config, name) for name in ("bf16", "fp32")}
-    precision = min(times, key=lambda name: times[name])
-    step = times[precision] * OVERHEAD
+    rows = max(1, settings.micro_batch_size // 4)  # a quarter of a step is enough to see which precision is faster
+    trials = {name: _seconds(model, rows, settings.sequence_length, name, repeats=1) for name in ("bf16", "fp32")}
+    precision = min(trials, key=lambda name: trials[name])
+    batch = _seconds(model, settings.micro_batch_size, settings.sequence_length, precision, repeats=2)
+    step = batch * settings.accumulation_steps * OVERHEAD
     removals = 4 * model.config.num_hidden_layers + 1  # each branch alone, then about as often jointly
     return Pace(
         steps=max(20, int(TRAINING * seconds / step)),
@@ -44,17 +46,16 @@ def find_pace(config: RunConfig, seconds: float) -> Pace:
     )
 
 
-def _seconds_per_step(model: Any, config: RunConfig, precision: str) -> float:
-    """Median seconds of forward and backward over one batch; the first run, which warms up, does not count."""
-    shape = (config.training.micro_batch_size, config.training.sequence_length)
+def _seconds(model: Any, rows: int, length: int, precision: str, repeats: int) -> float:
+    """Mean seconds of forward and backward over rows × length tokens; the first run, which warms up, does not count."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+    tokens = torch.randint(model.config.vocab_size, (rows, length), generator=generator).to(model.device)
     times = []
-    for _ in range(1 + TIMED_STEPS):
+    for _ in range(1 + repeats):
         began = time.perf_counter()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(tokens, labels=tokens, output_gates=True).loss
         loss.backward()
         loss.item()  # waits for the device
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]) * config.training.accumulation_steps
+    return statistics.fmean(times[1:])
