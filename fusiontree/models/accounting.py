@@ -68,7 +68,7 @@ class Accounting:
 
 
 def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype_bytes: int = 4) -> Accounting:
-    """Count `config` for `batch_size` rows of `length` tokens; `dtype_bytes` is that of the cached keys, values and inputs."""
+    """Count `config` for `batch_size` rows of `length` tokens; `dtype_bytes` is the size of a cached value."""
     layers = []
     parameters, flops, activations = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0)), 0
     for i, spec in enumerate(config.layer_specs):

@@ -61,7 +61,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HybridBlock", "SequentialBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", r"mamba\.D"]  # not the gate, whose D is a matrix
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config)
