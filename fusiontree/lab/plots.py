@@ -1,56 +1,18 @@
-"""The pictures of a run, drawn once with matplotlib: PNG files for slides, SVG with theme colours for the page."""
+"""The pictures of a run: learning curves, gates and branches."""
 
 from __future__ import annotations
-
-import io
-import re
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fusiontree.lab.canvas import COLOURS, GATE_COLOURS, HEIGHT, LABELS, STYLE, new_axes, smooth
 from fusiontree.lab.run_folder import Row, RunFolder, number, series
 
-# Each colour here has a CSS variable of the same name in report.css, so that one SVG follows light and dark.
-COLOURS = {
-    "ink": "#1d2733",
-    "muted": "#66727f",
-    "grid": "#e4e8ed",
-    "mamba": "#0c8a84",
-    "attention": "#d8622b",
-    "faint": "#a9b8c8",
-    "accent": "#4a5bd0",
-}
-LABELS = {"mamba": "Mamba", "attention": "attention"}
-GATE_COLOURS = LinearSegmentedColormap.from_list("gate", ["#d8622b", "#edae86", "#c5c8c6", "#73bdb4", "#0c8a84"])
-WIDTH, HEIGHT = 4.2, 2.45  # inches; text of 9 points stays readable when a phone shows the picture 340 pixels wide
 TIME_COLUMNS = 300  # more columns than a heat map of this width can show would only make the page heavy
-STYLE = {
-    "font.size": 9,
-    "axes.edgecolor": COLOURS["grid"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"],
-    "grid.linewidth": 0.7,
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": COLOURS["ink"],
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fusiontree",
-    "text.parse_math": False,
-}
 
 
 def draw(run: RunFolder) -> dict[str, Figure]:
@@ -60,8 +22,10 @@ def draw(run: RunFolder) -> dict[str, Figure]:
         "learning_rate": _learning_rate,
         "throughput": _throughput,
         "gradient_norm": _gradient_norm,
+        "healing": _healing,
         "gate_heatmap": _gate_heatmap,
         "gate_distribution": _gate_distribution,
+        "gate_by_class": _gate_by_class,
         "branch_norms": _branch_norms,
         "branch_norms_by_layer": _branch_norms_by_layer,
     }
@@ -70,52 +34,30 @@ def draw(run: RunFolder) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a PNG with a white background, 200 dots per inch."""
-    with mpl.rc_context(STYLE):
-        figure.savefig(path, dpi=200, facecolor="white")
+def _training_loss(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    return series(rows, "lm_loss" if any("lm_loss" in row for row in rows) else "loss")
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element whose colours are CSS variables; `description` is plain text without markup."""
-    buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for colour, value in COLOURS.items():
-        svg = svg.replace(value, f"var(--{colour})")
-    # Several pictures share the page: ids must not meet.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1))
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-
-
-def _axes(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="x", visible=False)
-    return figure, axes
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a fortieth of the run; at the ends over what is there."""
-    window = np.ones(2 * (len(values) // 80) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+def _healing(run: RunFolder) -> Figure | None:
+    steps, values = _training_loss(run.healing)
+    if len(steps) < 2:
+        return None
+    figure, axes = new_axes()
+    axes.plot(steps, values, color=COLOURS["faint"], linewidth=0.8, alpha=0.8)
+    axes.plot(steps, smooth(values), color=COLOURS["accent"], linewidth=1.8)
+    axes.set(xlabel="step of healing", ylabel="nats per token")
+    return figure
 
 
 def _loss(run: RunFolder) -> Figure | None:
-    key = "lm_loss" if any("lm_loss" in row for row in run.training) else "loss"
-    steps, values = series(run.training, key)
+    steps, values = _training_loss(run.training)
     checked_at, checked = series(run.validation, "validation_loss")
     if len(steps) + len(checked_at) == 0:
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     if len(steps):
         axes.plot(steps, values, color=COLOURS["faint"], linewidth=0.8, alpha=0.8)
-        axes.plot(steps, _smooth(values), color=COLOURS["accent"], linewidth=1.8, label="training")
+        axes.plot(steps, smooth(values), color=COLOURS["accent"], linewidth=1.8, label="training")
     if len(checked_at):
         axes.plot(checked_at, checked, "o-", color=COLOURS["mamba"], markersize=3.2, linewidth=1.4, label="validation")
         end = (checked_at[-1], checked[-1])
@@ -125,14 +67,14 @@ def _loss(run: RunFolder) -> Figure | None:
     return figure
 
 
-def _line(run: RunFolder, key: str, label: str, smooth: bool = False) -> Figure | None:
+def _line(run: RunFolder, key: str, label: str, noisy: bool = False) -> Figure | None:
     steps, values = series(run.training, key)
     if not len(steps):
         return None
-    figure, axes = _axes()
-    if smooth:
+    figure, axes = new_axes()
+    if noisy:
         axes.plot(steps, values, color=COLOURS["faint"], linewidth=0.8, alpha=0.8)
-        values = _smooth(values)
+        values = smooth(values)
     axes.plot(steps, values, color=COLOURS["accent"], linewidth=1.6)
     axes.set(xlabel="step", ylabel=label)
     axes.set_ylim(bottom=0)
@@ -147,14 +89,14 @@ def _learning_rate(run: RunFolder) -> Figure | None:
 
 
 def _throughput(run: RunFolder) -> Figure | None:
-    figure = _line(run, "tokens_per_second", "tokens per second", smooth=True)
+    figure = _line(run, "tokens_per_second", "tokens per second", noisy=True)
     if figure is not None:
         figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
 def _gradient_norm(run: RunFolder) -> Figure | None:
-    return _line(run, "grad_norm", "gradient norm", smooth=True)
+    return _line(run, "grad_norm", "gradient norm", noisy=True)
 
 
 def _layer_table(run: RunFolder, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +121,7 @@ def _gate_heatmap(run: RunFolder) -> Figure | None:
     times = np.linspace(steps[0], steps[-1], min(TIME_COLUMNS, max(len(steps), 2)))
     nearest = np.abs(steps[None, :] - times[:, None]).argmin(axis=1)
     reach = max(0.05, float(np.ceil(np.nanmax(np.abs(means - 0.5)) * 20) / 20))
-    figure, axes = _axes(_layered_height(means.shape[1]))
+    figure, axes = new_axes(_layered_height(means.shape[1]))
     half = max((times[1] - times[0]) / 2, 0.5)
     extent = (times[0] - half, times[-1] + half, means.shape[1] - 0.5, -0.5)
     scale = Normalize(0.5 - reach, 0.5 + reach)
@@ -207,7 +149,7 @@ def _gate_distribution(run: RunFolder) -> Figure | None:
     entries = [entry for entry in run.gates[-1]["layers"] if _histogram(entry).any()] if run.gates else []
     if not entries:
         return None
-    figure, axes = _axes(_layered_height(len(entries)))
+    figure, axes = new_axes(_layered_height(len(entries)))
     for row, entry in enumerate(entries):
         counts = _histogram(entry)
         heights = 0.82 * counts / counts.max()
@@ -220,12 +162,40 @@ def _gate_distribution(run: RunFolder) -> Figure | None:
     axes.axvline(0.5, color=COLOURS["muted"], linewidth=0.7, linestyle=(0, (3, 3)))
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    ticks = range(0, len(entries), max(1, len(entries) // 12))
-    axes.set_yticks(list(ticks), [str(_layer_index(entries[row])) for row in ticks])
+    axes.set_yticks(*_layer_ticks(entries))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     axes.set(xlabel="gate: 0 = all attention, 1 = all Mamba", ylabel="layer")
     axes.set(xlim=(0, 1), ylim=(len(entries) - 0.45, -0.55))
     return figure
+
+
+def _gate_by_class(run: RunFolder) -> Figure | None:
+    """Mean gate of each layer on each kind of token at the last record."""
+    entries = (
+        [entry for entry in run.gates[-1]["layers"] if isinstance(entry.get("classes"), dict)] if run.gates else []
+    )
+    if not entries:
+        return None
+    names = list(entries[0]["classes"])
+    values = np.array([[number(entry["classes"], name) for name in names] for entry in entries])
+    reach = max(0.05, float(np.nanmax(np.abs(values - 0.5), initial=0.0)))
+    figure, axes = new_axes(_layered_height(len(entries)))
+    axes.imshow(values, cmap=GATE_COLOURS, norm=Normalize(0.5 - reach, 0.5 + reach), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if len(entries) <= 16 and np.isfinite(value):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black", fontsize=8)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(*_layer_ticks(entries))
+    axes.set(ylabel="layer")
+    return figure
+
+
+def _layer_ticks(entries: list[Row]) -> tuple[list[int], list[str]]:
+    """At most about a dozen rows and their layers' names."""
+    rows = list(range(0, len(entries), max(1, len(entries) // 12)))
+    return rows, [str(_layer_index(entries[row])) for row in rows]
 
 
 def _histogram(entry: Row) -> np.ndarray:
@@ -244,7 +214,7 @@ def _branch_norms(run: RunFolder) -> Figure | None:
     tables = {branch: _layer_table(run, f"{branch}_rms") for branch in ("mamba", "attention")}
     if not any(np.isfinite(table).any() for _, table in tables.values()):
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for branch, (steps, table) in tables.items():
         known = np.isfinite(table).any(axis=1)
         if known.any():
@@ -261,7 +231,7 @@ def _branch_norms_by_layer(run: RunFolder) -> Figure | None:
     entries = [] if not run.gates else [e for e in run.gates[-1]["layers"] if np.isfinite(_norms(e)).any()]
     if not entries:
         return None
-    figure, axes = _axes(_layered_height(len(entries)))
+    figure, axes = new_axes(_layered_height(len(entries)))
     layers = [_layer_index(entry) for entry in entries]
     values = np.array([_norms(entry) for entry in entries])
     axes.hlines(layers, values.min(axis=1), values.max(axis=1), color=COLOURS["faint"], linewidth=2)

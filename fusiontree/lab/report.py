@@ -15,7 +15,7 @@ from fusiontree.lab.run_folder import RunFolder, read_run
 # Nothing may be loaded from anywhere, whatever text a run folder carries.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 LEARNING = ["loss", "learning_rate", "throughput", "gradient_norm"]
-GATES = ["gate_heatmap", "gate_distribution", "branch_norms", "branch_norms_by_layer"]
+GATES = ["gate_heatmap", "gate_distribution", "gate_by_class", "branch_norms", "branch_norms_by_layer"]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -42,7 +42,7 @@ def _draw(run: RunFolder) -> dict[str, str]:
     if importlib.util.find_spec("matplotlib") is None:
         run.notes.append("pictures: matplotlib is not installed (pip install matplotlib)")
         return {}
-    from fusiontree.lab import plots
+    from fusiontree.lab import canvas, plots
 
     figures = plots.draw(run)
     folder = run.path / "plots"
@@ -50,8 +50,8 @@ def _draw(run: RunFolder) -> dict[str, str]:
         folder.mkdir(exist_ok=True)
     svgs = {}
     for name, figure in figures.items():
-        plots.save_png(figure, folder / f"{name}.png")
-        svgs[name] = plots.inline_svg(figure, name, sections.FIGURES[name][0])
+        canvas.save_png(figure, folder / f"{name}.png")
+        svgs[name] = canvas.inline_svg(figure, name, sections.FIGURES[name][0])
     return svgs
 
 
@@ -73,7 +73,7 @@ def _page(run: RunFolder, svgs: dict[str, str]) -> str:
     parameters = _count_parameters(run)
     parts = [
         sections.head(run, parameters),
-        sections.before_after(run),
+        sections.before_after(run, svgs),
         sections.pictures("Learning", "", LEARNING, svgs, "No curves: <code>metrics.jsonl</code> has no usable line."),
         sections.pictures("Gates", "", GATES, svgs, "No gate pictures: <code>gates.jsonl</code> has no usable line."),
         sections.alarm_list(run),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fusiontree.deploy.export import EXPORT_MARK
 from fusiontree.deploy.plan import MAX_LAYERS, PrunePlan, load_plan
 from fusiontree.errors import DataError, PlanError
 
@@ -29,6 +30,8 @@ class RunFolder:
     model: Row = field(default_factory=dict)
     plan: PrunePlan | None = None
     slim: list[Row] = field(default_factory=list)
+    healing: list[Row] = field(default_factory=list)  # training lines of the short distillation after pruning
+    export: Row = field(default_factory=dict)  # what the export recorded about itself
     samples: list[Row] = field(default_factory=list)
     config_text: str = ""
     notes: list[str] = field(default_factory=list)
@@ -47,6 +50,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
     run.summary = _read_object(run, "summary.json")
     run.plan = _read_plan(run)
     run.slim = _rows(_read_json(run, "slim.json"), "rows")
+    run.healing = _by_step([row for row in _read_lines(run, "healing/metrics.jsonl") if "loss" in row])
+    run.export = _read_object(run, f"pruned/{EXPORT_MARK}")
     run.samples = _rows(_read_json(run, "samples.json"), "samples")
     run.config_text = _read_text(run, "config.yaml") or ""
     run.model = _model_config(run)

@@ -16,6 +16,8 @@ FIGURES = {
     "gradient_norm": ("Gradient norm", "Before clipping. Spikes point at instability."),
     "gate_heatmap": ("Gates while training", "Mean gate of each layer. Orange leans on attention, green on Mamba."),
     "gate_distribution": ("Gates at the end", "How often each gate value occurs; dot: mean, line: 5% to 95%."),
+    "gate_by_class": ("Gates by kind of token", "Mean gate of each layer at the end, on each kind of token."),
+    "healing": ("Healing", "Loss of the pruned model while it learns from the full one."),
     "branch_norms": ("Branch outputs while training", "Bold: mean over layers. A branch near zero has gone silent."),
     "branch_norms_by_layer": ("Branch outputs by layer", "Far apart: one branch speaks much louder than the other."),
 }
@@ -44,6 +46,8 @@ def head(run: RunFolder, parameters: int | None) -> str:
     if not math.isnan(number(last, "elapsed")):
         trained.append(duration(number(last, "elapsed")))
     sentence = "Trained for " + ", ".join(trained) + "." if trained else "Not trained yet."
+    if run.summary.get("interrupted") is True:
+        sentence += " Interrupted: training again in this folder goes on from here."
     tiles = "".join(_tile(*tile) for tile in _tiles(run, parameters))
     title = f'<p class="eyebrow">FusionTree run</p><h1>{esc(run.path.resolve().name)}</h1>'
     return f'<header>{title}<p class="lead">{sentence}</p><div class="tiles">{tiles}</div></header>'
@@ -59,7 +63,8 @@ def _tiles(run: RunFolder, parameters: int | None) -> list[tuple[str, str, str]]
         tiles.append(("Parameters", scaled(parameters), f"{parameters:,}"))
     _, checked = series(run.validation, "validation_loss")
     if len(checked):
-        note = f"before training: {checked[0]:.3f}" if len(checked) > 1 else "nats per token"
+        before = number(run.summary, "validation_loss_before")
+        note = "nats per token" if math.isnan(before) else f"before training: {before:.3f}"
         tiles.append(("Validation loss", f"{checked[-1]:.3f}", note))
         tiles.append(("Perplexity", scaled(math.exp(min(checked[-1], 700))), "on held-out text"))
     _, gates = series(run.training, "gate_mean")
@@ -86,12 +91,24 @@ def _percent(change: float) -> str:
     return f"{100 * change:+.1f}%".replace("-", "−")
 
 
-def before_after(run: RunFolder) -> str:
-    """The table full / pruned / healed, each cell with its change against the first row."""
+def before_after(run: RunFolder, svgs: dict[str, str]) -> str:
+    """The table full / pruned / healed with the export's proof and the healing curve."""
     title = "Before and after pruning"
     if not run.slim:
         message = "No <code>slim.json</code> here yet: prune, export and measure to compare the models."
         return section(title, "", absent(message))
+    lead = "The same measurements on every model, on this machine, taken in turns."
+    body = _comparison(run.slim)
+    if not math.isnan(error := number(run.export, "relative_error")):
+        proof = f"largest relative difference of the logits {error:.1e}"
+        body += tag("p", f"The export equals the original with its branches masked: {proof}.", "lead")
+    if "healing" in svgs:
+        body += tag("div", _figure("healing", svgs["healing"]), "grid single")
+    return section(title, lead, body)
+
+
+def _comparison(models: list[Row]) -> str:
+    """One row per model, each cell with its change against the first."""
     columns = [
         ("parameters", "Parameters", scaled, -1),
         ("bytes", "Weights", lambda value: scaled(value, "B"), -1),
@@ -100,17 +117,15 @@ def before_after(run: RunFolder) -> str:
         ("decode_tokens_per_second", "Decode, tokens/s", lambda value: fixed(value, 1), 1),
     ]
     rows = []
-    for row in run.slim:
+    for row in models:
         cells = [tag("b", esc(row.get("name", "?")))]
         for key, _, write, better in columns:
-            most = max((number(other, key) for other in run.slim if not math.isnan(number(other, key))), default=1.0)
+            most = max((number(other, key) for other in models if not math.isnan(number(other, key))), default=1.0)
             value = number(row, key)
-            delta = "" if row is run.slim[0] else _change(row, run.slim[0], key, better)
+            delta = "" if row is models[0] else _change(row, models[0], key, better)
             cells.append(write(value) + delta + bar(value / most if most else math.nan, "accent"))
         rows.append(cells)
-    heads = ["Model", *(label for _, label, _, _ in columns)]
-    lead = "The same measurements on every model, on this machine, taken in turns."
-    return section(title, lead, table(heads, rows, "numbers"))
+    return table(["Model", *(label for _, label, _, _ in columns)], rows, "numbers")
 
 
 def _change(row: Row, base: Row, key: str, better: int) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fusiontree.deploy.export import EXPORT_MARK
+
 LAYERS, STEPS, EVERY = 6, 1200, 10
 
 MODEL = {
@@ -40,9 +42,13 @@ def write_fake_run(folder: Path, layers: int = LAYERS, steps: int = STEPS) -> Pa
     _dump_lines(folder / "metrics.jsonl", metrics(random, steps))
     _dump_lines(folder / "gates.jsonl", [gate_record(random, step, steps, layers) for step in range(0, steps + 1, 20)])
     _dump(folder / "plan.json", plan(random, layers))
-    _dump(folder / "slim.json", {"rows": SLIM_ROWS})
-    _dump(folder / "samples.json", SAMPLES)
+    _dump(folder / "slim.json", {"settings": {}, "rows": SLIM_ROWS})
+    _dump(folder / "samples.json", {"samples": SAMPLES})
     _dump(folder / "summary.json", {"step": steps, "validation_loss_before": 8.41, "validation_loss_after": 4.31})
+    (folder / "pruned").mkdir()
+    (folder / "healing").mkdir()
+    _dump(folder / "pruned" / EXPORT_MARK, {"relative_error": 3.2e-7})
+    _dump_lines(folder / "healing" / "metrics.jsonl", healing(random))
     return folder
 
 
@@ -63,6 +69,11 @@ def metrics(random: np.random.Generator, steps: int) -> list[dict]:
     return [validation(0, 8.41), *rows]
 
 
+def healing(random: np.random.Generator) -> list[dict]:
+    losses = 4.3 + 0.25 * np.exp(-np.arange(60) / 9) + random.normal(0, 0.03, 60)
+    return [{"step": step + 1, "loss": loss + 0.4, "lm_loss": loss} for step, loss in enumerate(losses)]
+
+
 def validation(step: int, loss: float) -> dict:
     return {"step": step, "validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
 
@@ -74,8 +85,10 @@ def gate_record(random: np.random.Generator, step: int, steps: int, layers: int)
         drift = 0.34 * np.sin(layer * 2.1 + 0.6) * (1 - np.exp(-3 * t))
         values = np.clip(random.normal(0.5 + drift, 0.03 + 0.1 * t, 4000), 0.001, 0.999)
         norms = {"mamba_rms": 0.9 + 0.5 * t + 0.2 * drift, "attention_rms": 0.7 + 0.3 * t - 0.5 * drift}
+        kinds = zip(("space", "word", "number", "punctuation"), (-0.08, 0.01, 0.06, -0.03), strict=True)
+        classes = {"classes": {kind: float(values.mean()) + shift for kind, shift in kinds}}
         channels = random.normal(0.5 + drift, 0.05, 64).round(3).tolist()
-        entries.append({"layer": layer} | norms | summary(values) | {"channel_mean": channels})
+        entries.append({"layer": layer} | norms | summary(values) | {"channel_mean": channels} | classes)
     alarms = []
     if 200 < step < 420:
         message, advice = "mean gate 0.86 for 100 steps", "Raise training.balance_weight, or let it specialise & prune."

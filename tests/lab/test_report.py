@@ -58,7 +58,7 @@ def test_the_page_is_whole_and_holds_every_part(page, run_dir):
     parsed = Balanced(page)
     for part in ("Before and after pruning", "Learning", "Gates", "Alarms", "Prune plan", "What it writes", "Model"):
         assert part in parsed.text
-    assert page.count("<svg") == len(sections.FIGURES) == 8
+    assert page.count("<svg") == len(sections.FIGURES) == 10
     assert len(parsed.ids) == len(set(parsed.ids))
     assert {path.stem for path in (run_dir / "plots").glob("*.png")} == set(sections.FIGURES)
     assert "absent" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
@@ -78,7 +78,7 @@ def test_every_text_is_escaped(page):
 
 
 def test_pictures_follow_light_and_dark(page):
-    from fusiontree.lab.plots import COLOURS
+    from fusiontree.lab.canvas import COLOURS
 
     svg = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert not [value for value in COLOURS.values() if value in svg and value not in ("#d8622b", "#0c8a84")]
@@ -90,6 +90,7 @@ def test_pictures_follow_light_and_dark(page):
 def test_numbers_of_the_table_and_the_plan(page):
     text = Balanced(page).text
     assert "6.23 M −13.6%" in text and "118.9 +28.7%" in text and "4.3394 +0.0273" in text
+    assert "largest relative difference of the logits 3.2e-07" in text and "before training: 8.410" in text
     assert "2 of 6 layers keep one branch and save 2.62 MB" in text
     assert page.count('class="layer"') == LAYERS and page.count("<small>taken</small>") == 2
 
