@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.linear import Linear
 
 
 class Alignment(nn.Module):
@@ -19,8 +20,8 @@ class Alignment(nn.Module):
     def __init__(self, config: HybridConfig, branches: tuple[str, ...]) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.inputs = nn.ModuleDict({name: nn.Linear(hidden, 2 * hidden, bias=False) for name in branches})
-        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.inputs = nn.ModuleDict({name: Linear(hidden, 2 * hidden) for name in branches})
+        self.out = Linear(hidden, hidden)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, branches: dict[str, Tensor]) -> Tensor:
@@ -38,8 +39,8 @@ class GateLowRank(nn.Module):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        self.U = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
-        self.D = nn.Linear(config.gate_rank, config.hidden_size, bias=False)
+        self.U = Linear(config.hidden_size, config.gate_rank)
+        self.D = Linear(config.gate_rank, config.hidden_size)
 
     def forward(self, a: Tensor) -> Tensor:
         return torch.sigmoid(self.D(torch.tanh(self.U(a))))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
 from fusiontree.models.fusion import Alignment, GateLowRank, fuse
+from fusiontree.models.linear import Linear
 from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
 from fusiontree.models.mlp import build_mlp
@@ -56,7 +57,7 @@ class HybridBlock(nn.Module):
         self.srte = None if config.srte_shared or config.srte == "none" or "mamba" not in spec.mixers else SRTE(config)
         self.alignment = Alignment(config, spec.mixers)
         self.gate = GateLowRank(config)
-        self.fusion_proj = nn.Linear(hidden, hidden, bias=False)
+        self.fusion_proj = Linear(hidden, hidden)
         self.mlp = build_mlp(config)
         self.out_norm = RMSNorm(hidden, eps) if self.placement != "pre" else None
 

@@ -23,6 +23,7 @@ from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.hybrid_block import LayerOutput, build_block
 from fusiontree.models.init import init_module, mark_no_weight_decay
+from fusiontree.models.linear import Linear
 from fusiontree.models.norms import RMSNorm
 from fusiontree.models.positions import Positions, RotaryTable
 from fusiontree.models.segments import Segments, lay_out, normal_order
@@ -179,9 +180,16 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.model = HybridModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
         mark_no_weight_decay(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the loaded parameters, which are new objects, are marked for the optimizer again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        mark_no_weight_decay(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @can_return_tuple
     def forward(

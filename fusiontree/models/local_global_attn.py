@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusiontree.models.cache import HybridCacheLayer, KVBuffer
 from fusiontree.models.config import HybridConfig, LayerSpec
+from fusiontree.models.linear import Linear
 from fusiontree.models.positions import Positions, rotate
 from fusiontree.models.segments import Segments
 from fusiontree.ops import attention
@@ -25,8 +26,8 @@ class LocalGlobalAttention(nn.Module):
         self.head_dim = config.head_dim
         self.window = spec.sliding_window
         self.global_heads = self.heads if spec.sliding_window is None else spec.global_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
     def forward(
         self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None = None

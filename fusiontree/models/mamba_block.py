@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusiontree.models.cache import HybridCacheLayer, insert_past
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.linear import Linear
 from fusiontree.models.norms import GatedRMSNorm
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
@@ -30,14 +31,14 @@ class MambaBlock(nn.Module):
         self.chunk_size = config.mamba_chunk_size
         self.dt_limit = tuple(config.mamba_dt_limit)
         self.channels = self.inner + 2 * self.groups * self.state_size
-        self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + self.heads, bias=False)
+        self.in_proj = Linear(config.hidden_size, self.inner + self.channels + self.heads)
         self.conv_weight = nn.Parameter(torch.empty(self.channels, config.mamba_d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.channels))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = GatedRMSNorm(self.inner, self.groups, config.norm_eps)
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(self.inner, config.hidden_size)
 
     def forward(
         self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusiontree.errors import ConfigError
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.linear import Linear
 
 
 class SRTE(nn.Module):
@@ -29,7 +30,7 @@ class SRTE(nn.Module):
             self.table = nn.Embedding(self.length, config.hidden_size)
         else:
             self.table = nn.Embedding(self.length, config.srte_rank)
-            self.up = nn.Linear(config.srte_rank, config.hidden_size, bias=False)
+            self.up = Linear(config.srte_rank, config.hidden_size)
 
     def forward(self, ids: Tensor, longest: int) -> Tensor:
         """ids (B, L), all below `longest` → (B, L, H) fp32 or the table's dtype."""

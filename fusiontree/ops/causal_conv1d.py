@@ -71,7 +71,8 @@ def _foreign_tokens(starts: Tensor, width: int) -> list[Tensor]:
 
 def _own_tail(starts: Tensor, size: int) -> Tensor:
     """Which of the last `size` inputs (B, size) belong to the document at the end: none starts after them."""
-    later = F.pad(starts, (size, 1))[:, -size:]
+    later = F.pad(starts, (size, 1))
+    later = later[:, later.shape[1] - size :]
     return later.flip(1).cumsum(1).flip(1) == 0
 
 
