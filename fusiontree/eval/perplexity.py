@@ -50,13 +50,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def targets_of(batch: Mapping[str, Any]) -> Tensor:
     """The labels (B, L) of a batch, unshifted, -100 where nothing is scored.
 
-    Without `labels` every token counts except padding and the first token of each document (position 0).
+    The first token of a document (position 0) has nothing to be predicted from. Without `labels` all but padding counts.
     """
     if batch.get("labels") is not None:
-        return batch["labels"]
-    labels = batch["input_ids"].clone()
-    if batch.get("attention_mask") is not None:
-        labels[batch["attention_mask"] == 0] = IGNORED_LABEL
+        labels = batch["labels"].clone()
+    else:
+        labels = batch["input_ids"].clone()
+        if batch.get("attention_mask") is not None:
+            labels[batch["attention_mask"] == 0] = IGNORED_LABEL
     if batch.get("position_ids") is not None:
         labels[batch["position_ids"] == 0] = IGNORED_LABEL
     return labels

@@ -100,7 +100,7 @@ def before_after(run: RunFolder, svgs: dict[str, str]) -> str:
     lead = "The same measurements on every model, on this machine, taken in turns."
     body = _comparison(run.slim)
     if not math.isnan(error := number(run.export, "relative_error")):
-        proof = f"largest relative difference of the logits {error:.1e}"
+        proof = f"largest relative difference of the logits {error:.1e}" if error else "the logits agree bit for bit"
         body += tag("p", f"The export equals the original with its branches masked: {proof}.", "lead")
     if "healing" in svgs:
         body += tag("div", _figure("healing", svgs["healing"]), "grid single")
@@ -159,13 +159,19 @@ def alarm_list(run: RunFolder) -> str:
     found = alarms(run.gates)
     if not found:
         return section("Alarms", "", tag("p", "None: no gate got stuck, collapsed or fell silent.", "allgood"))
-    items = ""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for alarm in found:
-        when = f"steps {alarm['first_step']} to {alarm['last_step']}, {alarm['times']} records"
-        title = f"Layer {esc(alarm.get('layer', '?'))}: {esc(alarm.get('kind', 'alarm'))}"
-        items += f"<li><b>{title}</b> <small>{esc(when)}</small><p>{esc(alarm.get('message', ''))}</p>"
-        items += f'<p class="advice">{esc(alarm.get("advice", ""))}</p></li>'
+        groups.setdefault((str(alarm.get("kind", "alarm")), str(alarm.get("advice", ""))), []).append(alarm)
+    items = ""
+    for (kind, advice), members in groups.items():
+        lines = "".join(tag("p", f"{esc(alarm.get('message', ''))} {_when(alarm)}") for alarm in members)
+        items += tag("li", f"<b>{esc(kind)}</b>{lines}" + tag("p", esc(advice), "advice"))
     return section("Alarms", "Raised by the gate monitor while training.", tag("ul", items, "alarms"))
+
+
+def _when(alarm: Row) -> str:
+    steps = f"steps {alarm['first_step']} to {alarm['last_step']}, {alarm['times']} records"
+    return tag("small", esc(steps))
 
 
 def prune_plan(plan: PrunePlan | None) -> str:

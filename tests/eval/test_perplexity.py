@@ -5,8 +5,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fusiontree import HybridLanguageModel
 from fusiontree.errors import DataError
 from fusiontree.eval import evaluate_loss, token_byte_lengths, token_losses
+from fusiontree.models.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,17 @@ def test_without_labels_padding_and_document_starts_are_not_scored(model):
     losses, targets = token_losses(model, batch)
     assert (targets != -100).tolist() == [[True, True, False, True, True, True, False]]
     assert bool((losses[targets == -100] == 0).all())
+
+
+def test_a_packed_row_scores_like_our_models_own_loss():
+    config = preset("fusiontree", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    mamba_head_dim=16, mamba_d_state=8, sliding_window=4, gate_rank=4)  # fmt: skip
+    ours = HybridLanguageModel(config)
+    batch = random_batch(2, 12) | {"position_ids": torch.tensor([[*range(12)], [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]])}
+    result = evaluate_loss(ours, [batch])
+    assert result.tokens == 11 + 9
+    ours.eval()
+    assert result.loss == pytest.approx(ours(**batch).loss.item(), rel=1e-5)
 
 
 def test_mode_and_gradients_are_restored_and_autocast_is_close(model):

@@ -2,8 +2,11 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from fusiontree import HybridLanguageModel
 from fusiontree.errors import ConfigError
 from fusiontree.eval import cache_bytes, measure_speed, weight_bytes
+from fusiontree.models.accounting import account
+from fusiontree.models.presets import preset
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -25,6 +28,15 @@ def test_models_take_turns_and_every_field_is_measured():
         assert result.weight_bytes == weight_bytes(models[name])
     # The last token is returned, never fed back: the cache holds prompt + new tokens - 1, keys and values, fp32.
     assert results["small"].cache_bytes == 2 * 2 * 15 * 32 * 4
+
+
+def test_our_models_cache_is_what_the_accounting_says_plus_its_spare_room():
+    config = preset("fusiontree", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    mamba_head_dim=16, mamba_d_state=8, sliding_window=4, gate_rank=4)  # fmt: skip
+    result = measure_speed({"ours": HybridLanguageModel(config)}, 24, 4, repeats=1)["ours"]
+    states = sum(account(config, length=27).state_bytes.values())
+    spare = 2 * 2 * (2 * 256 * 16 * 4)  # layers × (local, global) × room for 256 more keys and values in each buffer
+    assert 0.95 * states <= result.cache_bytes <= states + spare
 
 
 def test_an_end_token_does_not_shorten_the_run():
