@@ -50,7 +50,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def targets_of(batch: Mapping[str, Any]) -> Tensor:
     """The labels (B, L) of a batch, unshifted, -100 where nothing is scored.
 
-    The first token of a document (position 0) has nothing to be predicted from. Without `labels` all but padding counts.
+    The first token of a document (position 0) has nothing to be predicted from. Without `labels` every other token
+    but padding counts.
     """
     if batch.get("labels") is not None:
         labels = batch["labels"].clone()

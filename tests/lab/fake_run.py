@@ -91,7 +91,8 @@ def gate_record(random: np.random.Generator, step: int, steps: int, layers: int)
         entries.append({"layer": layer} | norms | summary(values) | {"channel_mean": channels} | classes)
     alarms = []
     if 200 < step < 420:
-        message, advice = "layer 1: gates collapsed to Mamba (mean 0.971)", "Raise training.balance_weight, or let it specialise & prune."
+        message = "layer 1: gates collapsed to Mamba (mean 0.971)"
+        advice = "Raise training.loss.balance_weight, or let it specialise & prune."
         alarms = [{"layer": 1, "kind": "collapsed", "message": message, "advice": advice}]
         alarms += [alarms[0] | {"layer": 4, "message": message.replace("1", "4", 1)}] * (step > 300)
     return {"step": step, "layers": entries, "alarms": alarms}
