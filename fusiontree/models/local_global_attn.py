@@ -59,18 +59,18 @@ class LocalGlobalAttention(nn.Module):
         window: int | None,
     ) -> Tensor:
         """Attention of neighbouring query heads that share a window: (B, len(heads), L, P)."""
-        k, v = self._keys_of(k, heads), self._keys_of(v, heads)
+        shares = self.heads // self.kv_heads
+        # The key/value heads these query heads use, and all query heads of those: attention wants whole groups.
+        first, last = heads.start // shares, (heads.stop - 1) // shares + 1
+        k, v = k[:, first:last], v[:, first:last]
         if cache is not None:
             buffer: KVBuffer = cache.everywhere if window is None else cache.local
             k, v = buffer.extend(k, v, segments.pads, cache.record_past)
-        q = q[:, heads.start : heads.stop]
-        if q.shape[1] % k.shape[1]:
-            shares = self.heads // self.kv_heads
-            index = torch.tensor([h // shares - heads.start // shares for h in heads], device=k.device)
-            k, v = k.index_select(1, index), v.index_select(1, index)
+        if q.shape[2] == 1 or len(heads) == (last - first) * shares:
+            # One query: the few extra heads cost less than copying keys for each of the others.
+            mixed = attention(q[:, first * shares : last * shares], k, v, window, segments.reach, segments.masks)
+            begin = heads.start - first * shares
+            return mixed[:, begin : begin + len(heads)]
+        index = torch.tensor([h // shares - first for h in heads], device=k.device)
+        q, k, v = q[:, heads.start : heads.stop], k.index_select(1, index), v.index_select(1, index)
         return attention(q, k, v, window, segments.reach, segments.masks)
-
-    def _keys_of(self, t: Tensor, heads: range) -> Tensor:
-        """The key/value heads that these query heads use."""
-        shares = self.heads // self.kv_heads
-        return t[:, heads.start // shares : (heads.stop - 1) // shares + 1]

@@ -7,7 +7,6 @@ Follows Dao & Gu 2024 (arXiv:2405.21060), with the layout of the projections as 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusiontree.models.cache import HybridCacheLayer, insert_past
@@ -16,7 +15,7 @@ from fusiontree.models.linear import Linear
 from fusiontree.models.norms import GatedRMSNorm
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
-from fusiontree.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
+from fusiontree.ops import MambaSizes, MambaWeights, causal_conv1d, mamba_step, ssd, step_sizes
 
 
 class MambaBlock(nn.Module):
@@ -29,7 +28,10 @@ class MambaBlock(nn.Module):
         self.groups = config.mamba_n_groups
         self.state_size = config.mamba_d_state
         self.chunk_size = config.mamba_chunk_size
-        self.dt_limit = tuple(config.mamba_dt_limit)
+        low, high = config.mamba_dt_limit
+        self.sizes = MambaSizes(
+            self.heads, config.mamba_head_dim, self.state_size, self.groups, (float(low), float(high)), config.norm_eps
+        )
         self.channels = self.inner + 2 * self.groups * self.state_size
         self.in_proj = Linear(config.hidden_size, self.inner + self.channels + self.heads)
         self.conv_weight = nn.Parameter(torch.empty(self.channels, config.mamba_d_conv))
@@ -43,17 +45,18 @@ class MambaBlock(nn.Module):
     def forward(
         self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None = None
     ) -> Tensor:
-        z, xbc, dt = self.in_proj(x).split([self.inner, self.channels, self.heads], dim=-1)
-        dt = self._step_sizes(dt)
+        projected = self.in_proj(x)
+        if _is_step(x, segments, cache):
+            return self.out_proj(self._decode(projected[:, 0], cache)[:, None])  # type: ignore[arg-type]
+        z, xbc, dt = self._split_projected(projected)
+        dt = step_sizes(dt, self.dt_bias, self.sizes.dt_limit)
         if segments.valid is not None:
             xbc, dt = xbc * segments.valid[..., None], dt * segments.valid[..., None]
-        y = self._decode(xbc, dt, cache) if _is_step(xbc, segments, cache) else self._scan(xbc, dt, segments, cache)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(self._scan(xbc, dt, segments, cache).flatten(-2), z))
 
-    def _step_sizes(self, dt: Tensor) -> Tensor:
-        dt = F.softplus(dt.float() + self.dt_bias.float())
-        low, high = self.dt_limit
-        return dt.clamp(low, high) if (low, high) != (0.0, float("inf")) else dt
+    def _split_projected(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, xbc, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
+        return z, xbc, dt
 
     def _scan(self, xbc: Tensor, dt: Tensor, segments: Segments, cache: HybridCacheLayer | None) -> Tensor:
         conv_state = ssm_state = None
@@ -81,14 +84,16 @@ class MambaBlock(nn.Module):
         y, ssm_state = ssd(x, dt, self._decay(), b, c, self.D.float(), starts, ssm_state, self.chunk_size)
         return y, conv_state, ssm_state
 
-    def _decode(self, xbc: Tensor, dt: Tensor, cache: HybridCacheLayer) -> Tensor:
+    def _decode(self, projected: Tensor, cache: HybridCacheLayer) -> Tensor:
         conv_state, ssm_state = cache.conv_state, cache.ssm_state
+        assert conv_state is not None and ssm_state is not None
         if cache.record_past:
+            _, xbc, dt = self._split_projected(projected[:, None])
+            dt = step_sizes(dt, self.dt_bias, self.sizes.dt_limit)
             cache.undo = lambda kept: self._states_after(kept, xbc, dt, None, conv_state, ssm_state)
-        mixed, cache.conv_state = causal_conv1d_step(xbc[:, 0], self.conv_weight, self.conv_bias, conv_state)
-        x, b, c = self._split_heads(mixed)
-        y, cache.ssm_state = ssd_step(x, dt[:, 0], self._decay(), b, c, self.D.float(), ssm_state)
-        return y[:, None]
+        weights = MambaWeights(self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D, self.norm.weight)
+        y, cache.conv_state, cache.ssm_state = mamba_step(projected, conv_state, ssm_state, weights, self.sizes)
+        return y
 
     def _states_after(
         self, kept: int, xbc: Tensor, dt: Tensor, starts: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fusiontree.ops import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,7 +17,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -29,6 +30,4 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gated = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
-        return (normed * self.weight).to(y.dtype)
+        return gated_rms_norm(y, z, self.weight, self.groups, self.eps)

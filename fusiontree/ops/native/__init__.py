@@ -14,30 +14,51 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import torch  # noqa: F401  (its OpenMP runtime must be loaded first: the kernels share its threads)
+import torch
+from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("gemv.c")
-_FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
+_FOLDER = Path(__file__).parent
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp"]
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_ARGUMENTS = {
+    "gemv": [_POINTER] * 3 + [_LONG] * 3,
+    "rms_norm": [_POINTER] * 3 + [_LONG] * 2 + [_FLOAT],
+    "mamba_step": [_POINTER] * 13 + [_LONG] * 6 + [_FLOAT] * 3,
+}
+MAX_ROWS = 8  # past this, torch's own products win
 _log = logging.getLogger("fusiontree.native")
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had (said once, on the log)."""
-    if os.environ.get("FUSIONTREE_NATIVE", "1") == "0":
+def kernel(name: str, x: Tensor, rows: int) -> Callable[..., None] | None:
+    """The kernel `name` for x's dtype, when it can serve: decoding (few rows, no gradient, no autocast) on a CPU."""
+    if rows > MAX_ROWS or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
+    if x.dtype not in _SUFFIX or torch.is_autocast_enabled("cpu"):
+        return None
+    return _kernels().get((name, x.dtype))
+
+
+@functools.cache
+def _kernels() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
+    """The compiled kernels by name and dtype; empty where they cannot be had (said once, on the log)."""
+    if os.environ.get("FUSIONTREE_NATIVE", "1") == "0":
+        return {}
     try:
         loaded = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         _log.info("no native kernels, torch's own products serve: %s", error)
-        return None
-    for name in ("gemv_bf16", "gemv_f32"):
-        function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3
-        function.restype = None
-    return loaded
+        return {}
+    found = {}
+    for name, arguments in _ARGUMENTS.items():
+        for dtype, suffix in _SUFFIX.items():
+            function = getattr(loaded, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+            found[name, dtype] = function
+    return found
 
 
 def _built() -> Path:
@@ -58,8 +79,8 @@ def _built() -> Path:
 def _compile(compiler: str, work: Path) -> None:
     # Linked without -fopenmp on purpose: the OpenMP symbols come from the runtime that torch has loaded.
     steps = [
-        [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(work / "kernels.o")],
-        [compiler, "-shared", "-o", str(work / "kernels.so"), str(work / "kernels.o")],
+        [compiler, *_FLAGS, "-c", str(_FOLDER / "kernels.c"), "-o", str(work / "kernels.o")],
+        [compiler, "-shared", "-o", str(work / "kernels.so"), str(work / "kernels.o"), "-lm"],
     ]
     for step in steps:
         subprocess.run(step, check=True, capture_output=True, timeout=120)
@@ -68,5 +89,6 @@ def _compile(compiler: str, work: Path) -> None:
 def _key() -> str:
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
-    parts = [_SOURCE.read_text(encoding="utf-8"), " ".join(_FLAGS), platform.machine(), flags]
+    sources = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("common.h", "kernels.c")]
+    parts = [*sources, " ".join(_FLAGS), platform.machine(), flags]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
