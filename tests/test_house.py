@@ -42,7 +42,7 @@ OPTIONAL = [
     "uvicorn",
 ]
 
-ADAPTERS = ("fusiontree.lab.plots",)  # the one file that is about an optional package; imported only where it is there
+ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots")  # about an optional package; imported only where it is there
 
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 DOCUMENTS = sorted([*READMES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
