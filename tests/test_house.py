@@ -42,7 +42,8 @@ OPTIONAL = [
     "uvicorn",
 ]
 
-ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots")  # about an optional package; imported only where it is there
+# About an optional package, and imported only where it is there.
+ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots")
 
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 DOCUMENTS = sorted([*READMES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
