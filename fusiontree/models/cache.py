@@ -1,4 +1,4 @@
-"""The generation cache: convolution and SSM states, a sliding run of keys for local heads, a growing one for global heads.
+"""The generation cache: convolution and SSM states, a sliding run of keys for local heads, a growing one for global.
 
 `HybridCacheLayer` holds all parts of one layer, so that fork, rollback, reorder, save and load move every part or none.
 Shapes: B batch, K key/value heads, S keys, P head size, W window, D channels of the convolution, N state.
@@ -121,7 +121,8 @@ class HybridCacheLayer(CacheLayerMixin):
         self.everywhere = KVBuffer(None)
         self.progress = Progress()
         self.record_past = False
-        self.undo: Callable[[int], tuple[Tensor, Tensor]] | None = None  # states after the first n tokens of the last forward
+        # Both Mamba states, and the progress, had only the first n tokens of the last forward come.
+        self.undo: Callable[[int], tuple[Tensor | None, Tensor | None]] | None = None
         self.undo_progress: Callable[[int], Progress] | None = None
         self.undo_length = 0
 
@@ -184,9 +185,10 @@ class HybridCacheLayer(CacheLayerMixin):
             self._forget_undo()
             return
         if not self.record_past or count > self.undo_length:
+            have = self.undo_length if self.record_past else 0
             raise ValueError(
-                f"cannot take back {count} tokens: {self.undo_length if self.record_past else 0} of the last forward are "
-                "recorded (call activate_past_recording() on the cache before that forward)"
+                f"cannot take back {count} tokens: {have} of the last forward are recorded "
+                "(call activate_past_recording() on the cache before that forward)"
             )
         kept = self.undo_length - count
         if self.undo is not None:
@@ -248,6 +250,16 @@ class HybridCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.progress.seen
+
+    def advance(self, after: Progress, progress_after: Callable[[int], Progress]) -> None:
+        """Note new tokens; `progress_after(n)` tells where the rows stood had only the first n of them come."""
+        for layer in self.layers:
+            layer.is_initialized = True
+            if layer.record_past:
+                layer.undo_length = after.seen - self.progress.seen
+        first = self.layers[0]
+        first.progress = after
+        first.undo_progress = progress_after if first.record_past else None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last |n| tokens, all of them from the last forward; see `activate_past_recording`."""

@@ -95,7 +95,8 @@ class HybridBlock(nn.Module):
             if name == removed:
                 branches[name] = torch.zeros_like(z)
             else:
-                branches[name] = mixer(self._with_time(z, positions) if name == "mamba" else z, positions, segments, cache)
+                x = self._with_time(z, positions) if name == "mamba" else z
+                branches[name] = mixer(x, positions, segments, cache)
         return branches
 
     def _with_time(self, z: Tensor, positions: Positions) -> Tensor:
@@ -146,4 +147,5 @@ def build_block(config: HybridConfig, spec: LayerSpec) -> nn.Module:
 
 @torch.no_grad()
 def _rms(branches: dict[str, Tensor]) -> Tensor:
-    return torch.stack([branches[name][:, ::_RMS_STRIDE].float().square().mean().sqrt() for name in ("mamba", "attention")])
+    sampled = (branches[name][:, ::_RMS_STRIDE].float() for name in ("mamba", "attention"))
+    return torch.stack([h.square().mean().sqrt() for h in sampled])

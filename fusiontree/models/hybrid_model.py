@@ -1,4 +1,5 @@
-"""`HybridLanguageModel`: a stack of blocks described by the config's layer list, as a transformers causal language model.
+"""`HybridLanguageModel`: a stack of blocks described by the config's layer list, as a transformers
+causal language model.
 
 Shapes: B batch, L tokens, H hidden, V vocabulary.
 """
@@ -8,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from fusiontree.models.init import init_module, mark_no_weight_decay
 from fusiontree.models.linear import Linear
 from fusiontree.models.norms import RMSNorm
 from fusiontree.models.positions import Positions, RotaryTable
-from fusiontree.models.segments import Segments, lay_out, normal_order
+from fusiontree.models.segments import Progress, Rows, Segments, lay_out, normal_order
 from fusiontree.models.srte import SRTE
 from fusiontree.ops import linear_cross_entropy
 from fusiontree.ops.autocast import autocast_dtype
@@ -51,7 +51,21 @@ class _Stack:
     hidden: Tensor
     hidden_states: tuple[Tensor, ...] | None
     outputs: list[LayerOutput]
-    document_starts: Tensor | None  # (B, L) bool, in the caller's order
+    document_starts: Tensor | None  # (B, L) bool
+
+    def restore(self, back: Tensor) -> None:
+        """From padding-first to the caller's order of tokens; back (B, L) says where each is now."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.gather(1, back if t.ndim == 2 else back[..., None].expand_as(t))
+
+        self.hidden = moved(self.hidden)
+        if self.hidden_states is not None:
+            self.hidden_states = tuple(moved(h) for h in self.hidden_states)
+        for out in self.outputs:
+            out.gate = None if out.gate is None else moved(out.gate)
+        if self.document_starts is not None:
+            self.document_starts = moved(self.document_starts)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -59,10 +73,10 @@ class HybridPreTrainedModel(PreTrainedModel):
     config: HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HybridBlock", "SequentialBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["HybridBlock", "SequentialBlock"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", r"mamba\.D"]  # not the gate, whose D is a matrix
+    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", r"mamba\.D"]  # not the gate, whose D is a matrix
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config)
@@ -75,8 +89,8 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         specs = config.layer_specs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        shared_srte = config.srte != "none" and config.srte_shared and any("mamba" in s.mixers and s.block == "hybrid" for s in specs)
-        self.srte = SRTE(config) if shared_srte else None
+        encoded = config.srte != "none" and any("mamba" in spec.mixers and spec.block == "hybrid" for spec in specs)
+        self.srte = SRTE(config) if encoded and config.srte_shared else None
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
         self.uses_attention = any("attention" in spec.mixers for spec in specs)
         self.layers = nn.ModuleList(build_block(config, spec) for spec in specs)
@@ -98,24 +112,31 @@ class HybridModel(HybridPreTrainedModel):
         keep_hidden: bool = False,
         watch: bool = False,
     ) -> _Stack:
-        """inputs_embeds (B, L, H); attention_mask (B, past + L), 0 at padding anywhere; position_ids (B, L) restart at 0
-        at each document; seq_idx (B, L) names documents. A warm `past_key_values` is continued and advanced."""
-        x, batch_shape = inputs_embeds, inputs_embeds.shape[:2]
-        valid = _valid_tokens(attention_mask, batch_shape[1])
-        position_ids, seq_idx = (_per_row(t, batch_shape) for t in (position_ids, seq_idx))
+        """inputs_embeds (B, L, H); attention_mask (B, past + L), 0 at padding anywhere; position_ids (B, L) restart at
+        0 at each document; seq_idx (B, L) names documents. A warm `past_key_values` is continued and advanced."""
+        x, shape = inputs_embeds, inputs_embeds.shape[:2]
+        valid = _valid_tokens(attention_mask, shape[1])
+        position_ids, seq_idx = (None if t is None else t.expand(shape) for t in (position_ids, seq_idx))
+        rows = Rows((shape[0], shape[1]), x.device, valid, position_ids, seq_idx)
         order = None if valid is None else normal_order(valid)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
-            valid, position_ids, seq_idx = (None if t is None else t.gather(1, order) for t in (valid, position_ids, seq_idx))
-        positions, segments = self._lay_out(x, valid, position_ids, seq_idx, past_key_values)
+            rows = rows.map(lambda t: t.gather(1, order), shape[1])
+        positions, segments = self._lay_out(x, rows, past_key_values)
         x, hidden_states, outputs = self._run_layers(x, positions, segments, past_key_values, keep_hidden, watch)
-        starts = segments.starts
+        stack = _Stack(x, hidden_states, outputs, segments.starts)
         if order is not None:
-            x, starts, hidden_states = _restore_order(order, x, starts, hidden_states, outputs)
-        return _Stack(x, hidden_states, outputs, starts)
+            stack.restore(torch.argsort(order, dim=1))
+        return stack
 
     def _run_layers(
-        self, x: Tensor, positions: Positions, segments: Segments, cache: HybridCache | None, keep_hidden: bool, watch: bool
+        self,
+        x: Tensor,
+        positions: Positions,
+        segments: Segments,
+        cache: HybridCache | None,
+        keep_hidden: bool,
+        watch: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[LayerOutput]]:
         removed = {**self._dropped_branches(), **self.removed_branches}
         recomputes = self.gradient_checkpointing and self.training
@@ -138,17 +159,14 @@ class HybridModel(HybridPreTrainedModel):
             kept[-1] = x  # transformers' convention: the last one is what the head sees
         return x, None if kept is None else tuple(kept), outputs
 
-    def _lay_out(
-        self, x: Tensor, valid: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None, cache: HybridCache | None
-    ) -> tuple[Positions, Segments]:
-        batch, length = x.shape[:2]
-        past = None if cache is None else cache.progress
-        ids, segments, after = lay_out(batch, length, x.device, valid, position_ids, seq_idx, past)
+    def _lay_out(self, x: Tensor, rows: Rows, cache: HybridCache | None) -> tuple[Positions, Segments]:
+        past = Progress() if cache is None else cache.progress
+        ids, segments, after = lay_out(rows, past)
         if cache is not None:
-            assert past is not None
-            _record_progress(cache, past, after, partial(_progress_after, x.device, valid, position_ids, seq_idx, past, batch))
-        bound = (0 if past is None else past.seen) + length
-        longest = bound if position_ids is None else max(bound, int(ids.max()) + 1)
+            cache.advance(after, lambda kept: lay_out(rows.map(lambda t: t[:, :kept], kept), past)[2] if kept else past)
+        longest = past.seen + rows.shape[1]
+        if rows.position_ids is not None:
+            longest = max(longest, int(ids.max()) + 1)
         positions = Positions(ids, longest)
         if self.uses_attention:
             positions.rotary = self.rotary.lookup(ids, longest, autocast_dtype(x))
@@ -168,14 +186,14 @@ class HybridModel(HybridPreTrainedModel):
         return {
             i: "mamba" if side < 0.5 else "attention"
             for i, (drop, side) in enumerate(draws)
-            if drop < probability and len(self.layers[i].mixers) == 2
+            if drop < probability and len(self.config.layer_specs[i].mixers) == 2
         }
 
 
 class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
     """A causal language model of FusionTree blocks (or any layer list); use it as any transformers model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -261,11 +279,12 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def branches_removed(self, removed: dict[int, str]) -> Iterator[None]:
-        """Within the context the named branches output zero, all else as it is: what an export without them computes."""
+        """Within the context the named branches output zero, all else as it is: what an export without them does."""
+        specs = self.config.layer_specs
         for i, branch in removed.items():
-            if not 0 <= i < len(self.model.layers) or branch not in self.model.layers[i].mixers:
-                raise PlanError(f"layer {i} has no branch {branch!r} to remove; the model has {len(self.model.layers)} layers")
-            if len(self.model.layers[i].mixers) == 1:
+            if not 0 <= i < len(specs) or branch not in specs[i].mixers:
+                raise PlanError(f"layer {i} has no branch {branch!r} to remove; the model has {len(specs)} layers")
+            if len(specs[i].mixers) == 1:
                 raise PlanError(f"layer {i} has only its {branch} branch left; at least one must stay")
         before = self.model.removed_branches
         self.model.removed_branches = {**before, **removed}
@@ -290,17 +309,15 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             return HybridCache(self.config) if wanted and not recomputes else None
         if not isinstance(cache, HybridCache):
             if cache.get_seq_length() > 0:
-                raise TypeError(f"past_key_values must be a fusiontree HybridCache, not a filled {type(cache).__name__}")
+                raise TypeError(f"past_key_values must be a HybridCache, not a filled {type(cache).__name__}")
             return HybridCache(self.config)
         return cache
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HybridCache(self.config)
-
-
-def _per_row(t: Tensor | None, shape: torch.Size) -> Tensor | None:
-    return None if t is None else t.expand(shape)
 
 
 def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -308,44 +325,10 @@ def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        raise ValueError(f"attention_mask must be (batch, past + {length}) with 0 at padding, not {tuple(attention_mask.shape)}")
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must be (batch, past + {length}) with 0 at padding, not {shape}")
     valid = attention_mask[:, -length:] != 0
     return None if bool(valid.all()) else valid
-
-
-def _restore_order(
-    order: Tensor, x: Tensor, starts: Tensor | None, hidden_states: tuple[Tensor, ...] | None, outputs: list[LayerOutput]
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """Back from padding-first to the caller's order of tokens."""
-    back = torch.argsort(order, dim=1)
-
-    def restore(t: Tensor) -> Tensor:
-        return t.gather(1, back if t.ndim == 2 else back[..., None].expand_as(t))
-
-    for out in outputs:
-        out.gate = None if out.gate is None else restore(out.gate)
-    kept = None if hidden_states is None else tuple(restore(h) for h in hidden_states)
-    return restore(x), None if starts is None else restore(starts), kept
-
-
-def _record_progress(cache: HybridCache, before: Any, after: Any, progress_after: Any) -> None:
-    first = cache.layers[0]
-    first.progress = after
-    for layer in cache.layers:
-        layer.is_initialized = True
-        if layer.record_past:
-            layer.undo_length = after.seen - before.seen
-    first.undo_progress = progress_after if first.record_past else None
-
-
-def _progress_after(
-    device: torch.device, valid: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None, past: Any, batch: int, kept: int
-) -> Any:
-    """The progress had only the first `kept` tokens come."""
-    if kept == 0:
-        return past
-    valid, position_ids, seq_idx = (None if t is None else t[:, :kept] for t in (valid, position_ids, seq_idx))
-    return lay_out(batch, kept, device, valid, position_ids, seq_idx, past)[2]
 
 
 AutoConfig.register("fusiontree", HybridConfig)

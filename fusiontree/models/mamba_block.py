@@ -76,7 +76,12 @@ class MambaBlock(nn.Module):
         return y
 
     def _mix(
-        self, xbc: Tensor, dt: Tensor, starts: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+        self,
+        xbc: Tensor,
+        dt: Tensor,
+        starts: Tensor | None,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution and scan over all tokens: y (B, L, H, P) and both new states."""
         mixed, conv_state = causal_conv1d(xbc, self.conv_weight, self.conv_bias, starts, conv_state)
@@ -96,7 +101,13 @@ class MambaBlock(nn.Module):
         return y
 
     def _states_after(
-        self, kept: int, xbc: Tensor, dt: Tensor, starts: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+        self,
+        kept: int,
+        xbc: Tensor,
+        dt: Tensor,
+        starts: Tensor | None,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both states had only the first `kept` tokens of the last forward come."""
         if kept == 0:

@@ -19,7 +19,7 @@ class Positions:
 
 
 class RotaryTable:
-    """cos/sin of RoPE (Su et al. 2021), built once, grown on demand, shared by all layers. Not a parameter, not saved."""
+    """cos/sin of RoPE (Su et al. 2021), grown on demand, shared by all layers. Not a parameter, not saved."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim = head_dim

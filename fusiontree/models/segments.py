@@ -7,6 +7,7 @@ and windows are always the last columns. Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +26,10 @@ class Progress:
 
     def select(self, rows: Tensor) -> Progress:
         """The same for the rows listed (beam search, repetition)."""
-        picked = [None if t is None else t.index_select(0, rows) for t in (self.age, self.position, self.seq_idx)]
-        return Progress(self.seen, *picked, self.dense)
+        age, position, seq_idx = (
+            None if t is None else t.index_select(0, rows) for t in (self.age, self.position, self.seq_idx)
+        )
+        return Progress(self.seen, age, position, seq_idx, self.dense)
 
 
 @dataclass
@@ -40,6 +43,24 @@ class Segments:
     masks: dict[tuple, Tensor] = field(default_factory=dict)  # attention masks, shared by layers with the same window
 
 
+@dataclass
+class Rows:
+    """What the caller says of the new tokens; each None where it says nothing."""
+
+    shape: tuple[int, int]  # B, L
+    device: torch.device
+    valid: Tensor | None = None  # (B, L) bool, False at padding
+    position_ids: Tensor | None = None  # (B, L), restarting at 0 at each document
+    seq_idx: Tensor | None = None  # (B, L), which document
+
+    def map(self, change: Callable[[Tensor], Tensor], length: int) -> Rows:
+        """The same with every description changed alike."""
+        valid, position_ids, seq_idx = (
+            None if t is None else change(t) for t in (self.valid, self.position_ids, self.seq_idx)
+        )
+        return Rows((self.shape[0], length), self.device, valid, position_ids, seq_idx)
+
+
 def normal_order(valid: Tensor) -> Tensor | None:
     """Indices (B, L) that put each row's padding first and keep the rest in order; None when it already is so."""
     if bool((valid[:, 1:] >= valid[:, :-1]).all()):
@@ -47,23 +68,18 @@ def normal_order(valid: Tensor) -> Tensor | None:
     return torch.argsort(valid.int(), dim=1, stable=True)
 
 
-def lay_out(
-    batch: int,
-    length: int,
-    device: torch.device,
-    valid: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    past: Progress | None,
-) -> tuple[Tensor, Segments, Progress]:
-    """Position ids (B, L), segments, and the progress after these tokens. `valid` is in normal order."""
+def lay_out(rows: Rows, past: Progress | None) -> tuple[Tensor, Segments, Progress]:
+    """Position ids (B, L), segments, and the progress after these tokens. `rows` are in normal order."""
+    (batch, length), device = rows.shape, rows.device
+    valid, position_ids, seq_idx = rows.valid, rows.position_ids, rows.seq_idx
     past = past or Progress()
     cold = past.age is None
     zero = torch.zeros(batch, dtype=torch.long, device=device)
     age = zero if past.age is None else past.age
     pads = None if valid is None else length - valid.sum(1)
     slot = torch.arange(length, device=device)
-    order = slot[None] if pads is None else slot[None] - pads[:, None]  # index among the real tokens, negative at padding
+    # The index among the real tokens, negative at padding.
+    order = slot[None] if pads is None else slot[None] - pads[:, None]
     starts = _document_starts(order, position_ids, seq_idx, past)
 
     index = age[:, None] + order

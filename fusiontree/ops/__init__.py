@@ -1,4 +1,4 @@
-"""The mathematics of time: each op has a plain reference, a fast version of all tokens at once, and a one-token step."""
+"""The mathematics of time: each op has a plain reference, a fast version of all tokens, and a one-token step."""
 
 from fusiontree.ops.attention import attention, attention_reference
 from fusiontree.ops.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step

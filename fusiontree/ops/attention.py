@@ -21,7 +21,7 @@ _BLOCK_BUDGET = 1 << 22  # mask elements per batch row that one call may build f
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None = None) -> Tensor:
-    """The definition, with the L×S mask in the open: fp32 softmax over the visible keys. q (B, H, L, P) → (B, H, L, P)."""
+    """The definition, with the L×S mask in the open: fp32 softmax over the visible keys. Shapes as `attention`."""
     k, v = (repeat_heads(t, q.shape[1]) for t in (k, v))
     scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
     visible = _visible(q.shape[2], k.shape[2], window, reach, q.device)
@@ -102,11 +102,12 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Blocks of Q queries, each with the keys it can see and the rest of their blocks: work and memory grow as L·W."""
-    batch, heads, length, size = q.shape
+    batch, heads, length, _ = q.shape
     keys = k.shape[2]
     Q = min(length, max(window // 4, 32))
     n, m = -(-length // Q), -(-window // Q)  # query blocks; key blocks before each query's own
-    before, after = length + m * Q - keys, n * Q - length  # keys missing in front (superfluous if negative), queries behind
+    # Keys missing in front (superfluous if negative), and queries behind, to fill whole blocks.
+    before, after = length + m * Q - keys, n * Q - length
     q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q))
     k_blocks, v_blocks = (_key_windows(F.pad(repeat_heads(t, heads), (0, 0, before, after)), Q, m) for t in (k, v))
     build = partial(_window_mask, batch, length, keys, n, Q, m, window, reach, q.device)
@@ -123,7 +124,7 @@ def _key_windows(t: Tensor, Q: int, m: int) -> Tensor:
 
 
 def _block_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Scores in the open: for blocks this small on a CPU three times as fast, forward and backward, as its flash kernel."""
+    """Scores in the open: for blocks this small a CPU is three times as fast, both ways, as in its flash kernel."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
     scores += mask
     return torch.matmul(scores.softmax(-1), v)
@@ -131,9 +132,10 @@ def _block_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _block_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same through SDPA, blocks as batch rows: no scores in memory on a GPU."""
-    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-    mask = mask.expand(q.shape[0], 1, *mask.shape[2:]).transpose(1, 2).flatten(0, 1)
-    return F.scaled_dot_product_attention(*rows, attn_mask=mask).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+    batch = q.shape[0]
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    mask = mask.expand(batch, 1, *mask.shape[2:]).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def _window_mask(

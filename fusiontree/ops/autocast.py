@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-
 from torch import Tensor
 
 P = ParamSpec("P")

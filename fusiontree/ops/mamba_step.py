@@ -56,8 +56,9 @@ def mamba_step(
     new_conv, new_ssm = torch.empty_like(conv_state), torch.empty_like(ssm_state)
     y = projected.new_empty(projected.shape[0], inner)
     scratch = torch.empty(projected.shape[0], channels + inner)
-    held = [weights.conv_weight, weights.conv_bias, weights.dt_bias.float(), weights.A_log.float(), weights.D.float(), weights.norm]
-    tensors = [projected, conv_state, new_conv, ssm_state, new_ssm, *held, y, scratch]
+    per_head = [t.float() for t in (weights.dt_bias, weights.A_log, weights.D)]
+    states = [conv_state, new_conv, ssm_state, new_ssm]
+    tensors = [projected, *states, weights.conv_weight, weights.conv_bias, *per_head, weights.norm, y, scratch]
     width = weights.conv_weight.shape[1]
     counts = (projected.shape[0], sizes.heads, sizes.head_dim, sizes.state, sizes.groups, width)
     kernel(*(t.data_ptr() for t in tensors), *counts, *sizes.dt_limit, sizes.eps)

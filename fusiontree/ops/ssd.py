@@ -138,12 +138,13 @@ def _chunked(t: Tensor, Q: int, n: int) -> Tensor:
 def _chunk_masks(
     starts: Tensor | None, Q: int, n: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Who may see whom: in the chunk (…, Q, Q); token from the entering state, token into the leaving state (B, C, 1, Q);
+    """Who may see whom: in the chunk (…, Q, Q); a token the entering state, the leaving state a token (B, C, 1, Q);
     and whether a document starts inside each chunk (B, C), which cuts the state."""
     causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
     if starts is None:
         return causal, None, None, None
-    document = _chunked(starts[..., None], Q, n)[..., 0].cumsum(-1)[:, :, None]  # (B, C, 1, Q), counts from the chunk's begin
+    # Documents begun since the chunk's first token, (B, C, 1, Q).
+    document = _chunked(starts[..., None], Q, n)[..., 0].cumsum(-1)[:, :, None]
     visible = causal & (document[..., :, None] == document[..., None, :])
     last = document[..., -1:]
     return visible, document == 0, document == last, (last > 0)[:, :, 0, 0]
@@ -173,9 +174,7 @@ def _scan_chunks(
     return states[:, :-1], states[:, -1]
 
 
-def _scan_groups(
-    written: Tensor, log_decay: Tensor, crosses: Tensor | None, initial: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scan_groups(written: Tensor, log_decay: Tensor, crosses: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
     """The same scan over many chunks: groups of `_SCAN_GROUP` at once, then the groups among themselves."""
     batch, n, heads, *cell = written.shape
     size, groups = _SCAN_GROUP, -(-n // _SCAN_GROUP)

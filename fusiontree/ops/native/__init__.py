@@ -88,7 +88,8 @@ def _compile(compiler: str, work: Path) -> None:
 
 def _key() -> str:
     cpu = Path("/proc/cpuinfo")
-    flags = next((line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if cpu.exists() else ""
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     sources = [(_FOLDER / name).read_text(encoding="utf-8") for name in ("common.h", "kernels.c")]
     parts = [*sources, " ".join(_FLAGS), platform.machine(), flags]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
