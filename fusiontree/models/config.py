@@ -6,14 +6,17 @@ other data. An entry names the block form, the mixers in it, and what differs th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from fusiontree.errors import ConfigError
 
 MIXERS = ("mamba", "attention")
+_MIXER_CHOICES = (["mamba"], ["attention"], ["attention", "mamba"])
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": ("post", "pre", "sandwich"),
     "srte": ("sincos", "learned", "low_rank", "none"),
@@ -21,12 +24,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu", "relu"),
     "checkpointing": ("branches", "block"),
 }
-_POSITIVE = (
+_WHOLE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rope_theta", "mamba_d_state", "mamba_d_conv", "mamba_head_dim", "mamba_n_groups",
-    "mamba_chunk_size", "mamba_expand", "srte_rank", "gate_rank", "norm_eps", "intermediate_size",
+    "max_position_embeddings", "mamba_d_state", "mamba_d_conv", "mamba_head_dim", "mamba_n_groups", "mamba_chunk_size",
+    "srte_rank", "gate_rank", "intermediate_size",
 )  # fmt: skip
-_WHOLE = set(_POSITIVE) - {"rope_theta", "mamba_expand", "norm_eps"}
+_POSITIVE = ("rope_theta", "mamba_expand", "norm_eps")
+_SWITCHES = ("srte_shared", "tie_word_embeddings", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "fusiontree"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -92,15 +96,14 @@ class HybridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, default in (
-            ("num_key_value_heads", self.num_attention_heads),
-            ("head_dim", self.hidden_size // max(1, self.num_attention_heads)),
-            ("intermediate_size", 2 * self.hidden_size),
-        ):
-            if getattr(self, name) is None:
-                if name == "head_dim":
-                    _require_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
-                setattr(self, name, default)
+        _check_sizes(self, ("hidden_size", "num_attention_heads"))  # the defaults are made of these
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 2 * self.hidden_size
+        if self.head_dim is None:
+            _require_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         _check_values(self)
         self.layers = _fill_layers(self)
@@ -126,7 +129,8 @@ class HybridConfig(PreTrainedConfig):
     def _check_mixers(self) -> None:
         mixers = {name for spec in self.layer_specs for name in spec.mixers}
         if "attention" in mixers:
-            _require_divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
+            kv_heads, heads = self.num_key_value_heads, self.num_attention_heads
+            _require_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
             if self.head_dim % 2:
                 raise ConfigError(f"head_dim={self.head_dim}: must be even, RoPE turns pairs of channels")
         if "mamba" in mixers:
@@ -139,16 +143,43 @@ def _require_divides(what: str, value: Any, of_what: str, of: Any) -> None:
         raise ConfigError(f"{what}={value}: must divide {of_what}={of}")
 
 
+def _check_sizes(config: HybridConfig, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not _is_whole(value) or value < 1:
+            raise ConfigError(f"{name}={value!r}: must be a positive whole number")
+
+
 def _check_values(config: HybridConfig) -> None:
+    _check_sizes(config, _WHOLE)
+    for name in _POSITIVE:
+        if not _is_number(getattr(config, name)) or getattr(config, name) <= 0:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: must be a positive number")
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)!r}: must be one of {', '.join(allowed)}")
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else (int, float)) or value <= 0:
-            raise ConfigError(f"{name}={value!r}: must be a positive {'whole ' if name in _WHOLE else ''}number")
-    if not 0.0 <= config.drop_branch_prob < 1.0:
-        raise ConfigError(f"drop_branch_prob={config.drop_branch_prob!r}: must be at least 0 and below 1")
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name}={getattr(config, name)!r}: must be true or false")
+    drop, spread, limits = config.drop_branch_prob, config.initializer_range, config.mamba_dt_limit
+    if not _is_number(drop) or not 0.0 <= drop < 1.0:
+        raise ConfigError(f"drop_branch_prob={drop!r}: must be at least 0 and below 1")
+    if not _is_number(spread) or spread < 0:
+        raise ConfigError(f"initializer_range={spread!r}: must be a number ≥ 0")
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2 or not _is_range(*limits):
+        raise ConfigError(f"mamba_dt_limit={limits!r}: must be two numbers, 0 ≤ smallest ≤ largest")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_range(low: Any, high: Any) -> bool:
+    return _is_number(low) and (_is_number(high) or high == math.inf) and 0 <= low <= high
 
 
 def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
@@ -160,6 +191,8 @@ def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
         "global_heads": config.global_heads,
     }
     entries = config.layers if config.layers is not None else [{} for _ in range(config.num_hidden_layers)]
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"layers={entries!r}: must be a list with one mapping per layer")
     if len(entries) != config.num_hidden_layers:
         raise ConfigError(f"layers: {len(entries)} entries, but num_hidden_layers={config.num_hidden_layers}")
     filled = []
@@ -172,16 +205,18 @@ def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
 
 
 def _check_layer(layer: dict[str, Any], i: int, heads: int) -> dict[str, Any]:
-    mixers = list(layer["mixers"])
+    mixers, window, global_heads = layer["mixers"], layer["sliding_window"], layer["global_heads"]
+    here = f"layers[{i}]"
     if layer["block"] not in ("hybrid", "sequential"):
-        raise ConfigError(f"layers[{i}].block={layer['block']!r}: must be hybrid or sequential")
-    if not mixers or len(set(mixers)) != len(mixers) or set(mixers) - set(MIXERS):
-        raise ConfigError(f"layers[{i}].mixers={mixers!r}: must name mamba, attention or both, each once")
+        raise ConfigError(f"{here}.block={layer['block']!r}: must be hybrid or sequential")
+    if not isinstance(mixers, (list, tuple)) or sorted(map(str, mixers)) not in _MIXER_CHOICES:
+        raise ConfigError(f"{here}.mixers={mixers!r}: must be a list of mamba, attention or both, each once")
     if layer["block"] == "sequential" and len(mixers) != 1:
-        raise ConfigError(f"layers[{i}].mixers={mixers!r}: a sequential block has exactly one")
-    window, global_heads = layer["sliding_window"], layer["global_heads"]
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ConfigError(f"layers[{i}].sliding_window={window!r}: must be a whole number of keys ≥ 1, or null for no window")
-    if isinstance(global_heads, bool) or not isinstance(global_heads, int) or not 0 <= global_heads <= heads:
-        raise ConfigError(f"layers[{i}].global_heads={global_heads!r}: must be between 0 and num_attention_heads={heads}")
+        raise ConfigError(f"{here}.mixers={mixers!r}: a sequential block has exactly one")
+    if window is not None and (not _is_whole(window) or window < 1):
+        raise ConfigError(
+            f"{here}.sliding_window={window!r}: must be a whole number of keys ≥ 1, or null for no window"
+        )
+    if not _is_whole(global_heads) or not 0 <= global_heads <= heads:
+        raise ConfigError(f"{here}.global_heads={global_heads!r}: must be between 0 and num_attention_heads={heads}")
     return {**layer, "mixers": sorted(mixers, key=MIXERS.index)}
