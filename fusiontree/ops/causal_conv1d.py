@@ -52,21 +52,23 @@ def causal_conv1d(
     else:
         past = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
     new_state = past[:, x.shape[1] :]
-    foreign: list[Tensor] = []
-    if starts is not None:
-        foreign = _foreign_tokens(starts, width)
+    if starts is None:
+        y: Tensor = _ConvSiLU.apply(past, weight, bias, None, None)
+    else:
         new_state = new_state * _own_tail(starts, width - 1)[..., None]
-    y: Tensor = _ConvSiLU.apply(past, weight, bias, *foreign)
+        y = _ConvSiLU.apply(past, weight, bias, *_near_starts(starts, width))
     return y, new_state.transpose(1, 2)
 
 
-def _foreign_tokens(starts: Tensor, width: int) -> list[Tensor]:
-    """For each lag k = 1 … K-1 the (row, token) pairs (2, n) whose input k back lies in another document."""
-    foreign, started = [], torch.zeros_like(starts)
+def _near_starts(starts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The n tokens that follow a start too closely to use all K inputs, as (row, token) (2, n), and which of their
+    inputs, oldest first, are of their own document (n, K)."""
+    foreign = [torch.zeros_like(starts)]
     for k in range(1, width):
-        started = started | F.pad(starts, (k - 1, 0))[:, : starts.shape[1]]
-        foreign.append(started.nonzero().t())
-    return foreign
+        foreign.append(foreign[-1] | F.pad(starts, (k - 1, 0))[:, : starts.shape[1]])
+    near = foreign[-1].nonzero().t()
+    own = ~torch.stack(foreign[::-1], dim=-1)
+    return near, own[near[0], near[1]]
 
 
 def _own_tail(starts: Tensor, size: int) -> Tensor:
@@ -79,51 +81,51 @@ def _own_tail(starts: Tensor, size: int) -> Tensor:
 class _ConvSiLU(torch.autograd.Function):
     """K shifted multiply-adds with the channels innermost: what a depthwise convolution is, without its transposes.
 
-    past: (B, K-1+L, D). The few tokens near a document's start take the foreign inputs back out again.
+    past: (B, K-1+L, D). The few tokens near a document's start are computed apart, from their own document's inputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, past: Tensor, weight: Tensor, bias: Tensor, *foreign: Tensor) -> Tensor:
-        pre = _convolve(past.float(), weight.float(), bias.float(), foreign)
-        ctx.save_for_backward(past, weight, bias, *foreign)
+    def forward(
+        ctx: Any, past: Tensor, weight: Tensor, bias: Tensor, near: Tensor | None, own: Tensor | None
+    ) -> Tensor:
+        pre = _convolve(past.float(), weight.float(), bias.float(), near, own)
+        ctx.save_for_backward(past, weight, bias, near, own)
         return F.silu(pre).to(past.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        past, weight, bias, *foreign = ctx.saved_tensors
+        past, weight, bias, near, own = ctx.saved_tensors
         past32, w = past.float(), weight.float()
-        length, width = past.shape[1] - w.shape[1] + 1, w.shape[1]
-        pre = _convolve(past32, w, bias.float(), foreign)
+        width, length = w.shape[1], past.shape[1] - w.shape[1] + 1
+        pre = _convolve(past32, w, bias.float(), near, own)
         grad = torch.ops.aten.silu_backward(grads[0].float(), pre)
-        grad_past, grad_weight = torch.zeros_like(past32), torch.empty_like(w)
+        grad_bias = grad.sum((0, 1))
+        grad_past, grad_weight = torch.zeros_like(past32), torch.zeros_like(w)
+        if near is not None:
+            row, token = near
+            at = grad[row, token]
+            slots = token[:, None] + torch.arange(width, device=token.device)
+            inputs = torch.where(own[..., None], past32[row[:, None], slots], 0.0)
+            grad_weight += torch.einsum("nkd,nd->dk", inputs, at)
+            grad_inputs = torch.where(own[..., None], at[:, None] * w.t(), 0.0)
+            grad_past.index_put_((row[:, None], slots), grad_inputs, accumulate=True)
+            grad[row, token] = 0.0
         for k in range(width):
-            begin = width - 1 - k
-            inputs = past32[:, begin : begin + length]
-            grad_past[:, begin : begin + length].addcmul_(grad, w[:, begin])
-            grad_weight[:, begin] = _channel_dot(grad, inputs)
-            if k and foreign:
-                row, token = foreign[k - 1]
-                source, at = past32[row, token + begin], grad[row, token]
-                grad_weight[:, begin] -= (source * at).sum(0)
-                grad_past.index_put_((row, token + begin), at * -w[:, begin], accumulate=True)
-        grad_bias = grad.sum((0, 1)).to(bias.dtype)
-        return grad_past.to(past.dtype), grad_weight.to(weight.dtype), grad_bias, *[None] * len(foreign)
+            inputs = past32[:, k : k + length]
+            grad_past[:, k : k + length].addcmul_(grad, w[:, k])
+            grad_weight[:, k] += (grad * inputs).sum((0, 1))
+        return grad_past.to(past.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
 
 
-def _convolve(past: Tensor, weight: Tensor, bias: Tensor, foreign: Any) -> Tensor:
+def _convolve(past: Tensor, weight: Tensor, bias: Tensor, near: Tensor | None, own: Tensor | None) -> Tensor:
     """The sum before SiLU, fp32: past (B, K-1+L, D) → (B, L, D)."""
     width = weight.shape[1]
     length = past.shape[1] - width + 1
     pre = torch.addcmul(bias, past[:, :length], weight[:, 0])
-    for begin in range(1, width):
-        pre.addcmul_(past[:, begin : begin + length], weight[:, begin])
-    for k, pairs in enumerate(foreign, start=1):
-        row, token = pairs
-        begin = width - 1 - k
-        pre.index_put_((row, token), past[row, token + begin] * -weight[:, begin], accumulate=True)
+    for k in range(1, width):
+        pre.addcmul_(past[:, k : k + length], weight[:, k])
+    if near is not None and own is not None:
+        row, token = near
+        inputs = past[row[:, None], token[:, None] + torch.arange(width, device=token.device)]
+        pre[row, token] = bias + torch.einsum("nkd,dk->nd", torch.where(own[..., None], inputs, 0.0), weight)
     return pre
-
-
-def _channel_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over batch and tokens of a·b (B, L, D) → (D,)."""
-    return (a * b).sum((0, 1))
