@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -180,13 +180,14 @@ class RunConfig(Section):
         return self
 
 
-# What is computed again is training.activation_checkpointing; one place to say it.
-_MODEL_FIELDS: dict[str, Any] = {
-    name: (hint, None)
+# HybridConfig's arguments and their types; what is computed again is said by training.activation_checkpointing alone.
+MODEL_ARGUMENTS: dict[str, Any] = {
+    name: hint
     for name, hint in inspect.get_annotations(HybridConfig, eval_str=True).items()
-    if name != "checkpointing"
+    if get_origin(hint) is not ClassVar and name != "checkpointing"
 }
-_ModelSection: type[BaseModel] = create_model("ModelSection", __base__=StrictModel, **_MODEL_FIELDS)
+_model_fields: dict[str, Any] = {name: (hint, None) for name, hint in MODEL_ARGUMENTS.items()}
+_ModelSection: type[BaseModel] = create_model("ModelSection", __base__=Section, **_model_fields)
 
 
 def check_model_section(section: Mapping[str, Any]) -> None:
@@ -261,7 +262,7 @@ def _describe(item: Any, *prefix: str) -> str:
 def _keys_beside(location: Sequence[Any]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     if location[0] == "model":
-        return list(_MODEL_FIELDS)
+        return list(MODEL_ARGUMENTS)
     model: Any = RunConfig
     for part in location[:-1]:
         if isinstance(part, str):

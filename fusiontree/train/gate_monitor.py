@@ -45,7 +45,7 @@ class GateMonitor(Callback):
         rms = torch.stack([out.branch_rms[i] for i in layers])
         classes = None
         if self.classes is not None:
-            classes = self.classes.to(chosen.device)[batch["input_ids"].flatten()[chosen]]
+            classes = self.classes[batch["input_ids"].flatten()[chosen]]
         assert self.statistics is not None
         self.statistics.add(gates, rms, classes)
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fusiontree.data import tokenizer_hash
 from fusiontree.errors import CheckpointError
-from fusiontree.models import HybridConfig
 from fusiontree.train.callbacks import Callback
 from fusiontree.train.checkpoint import keep_newest, latest_checkpoint, list_checkpoints, sweep, write_checkpoint
-from fusiontree.train.config import RunConfig
+from fusiontree.train.config import MODEL_ARGUMENTS, RunConfig
 from fusiontree.train.jsonl import JsonLines
 
 STATE_JSON, STATE_TENSORS = "trainer/state.json", "trainer/state.safetensors"
@@ -76,7 +75,7 @@ class RunResult:
 def binding_settings(config: RunConfig, model_config: Any, tokenizer: Any) -> dict[str, Any]:
     """Flat `section.key` -> value of all that must stay when a run goes on; the loader checks the data itself."""
     content = config.model_dump(mode="json", exclude={"model"})
-    own = HybridConfig.__annotations__.keys() - {"checkpointing", "use_cache"}  # these two do not make another model
+    own = MODEL_ARGUMENTS.keys() - {"use_cache"}  # which does not make another model
     settings = _flatten({**content, "model": {name: getattr(model_config, name) for name in sorted(own)}})
     settings["tokenizer"] = tokenizer_hash(tokenizer)
     plain = json.loads(json.dumps(settings))  # tuples become lists, as in the file it is compared with

@@ -35,7 +35,7 @@ class MeanLoss:
 
 
 def mean_loss(model: Any, batches: Iterable[Batch]) -> MeanLoss:
-    """Token-weighted mean of the model's own loss; one device sync."""
+    """Token-weighted mean of the model's own loss; the model is to be in evaluation mode, without gradients."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         count = int(target_mask(batch).sum())

@@ -186,6 +186,11 @@ def test_selective_recomputation_gives_the_same_numbers(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
+def test_branch_dropout_works_in_bf16(tmp_path: Path) -> None:
+    result = train(tiny_config(tmp_path, model__drop_branch_prob=0.9, training__precision="bf16"))
+    assert result.step == 8 and result.final_loss is not None and math.isfinite(result.final_loss)
+
+
 def test_gates_have_two_phases(tmp_path: Path) -> None:
     """With a hinge that can never be met the loss shows it, until the balance phase is over."""
     loss = {"balance_weight": 1.0, "balance_target": 1.0, "balance_margin": 0.0, "specialise_after": 0.5}
