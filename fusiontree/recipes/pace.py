@@ -41,7 +41,7 @@ def find_pace(config: RunConfig, seconds: float) -> Pace:
     return Pace(
         steps=max(20, int(TRAINING * seconds / step)),
         healing_steps=max(5, int(HEALING * seconds / (step * HEALING_COST))),
-        measured_batches=min(32, max(1, int(PRUNING * seconds / (removals * step * FORWARD_COST)))),
+        measured_batches=min(32, max(2, int(PRUNING * seconds / (removals * step * FORWARD_COST)))),
         precision=precision,
     )
 
