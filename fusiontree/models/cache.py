@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from fusiontree.errors import CheckpointError
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.segments import Progress
 
+StatesAfter = Callable[[int], tuple[Tensor | None, Tensor | None]]  # n → conv and SSM state after n tokens
+
 _ROOM = 256  # spare slots of a key/value buffer, so that decoding appends in place
+
+_SIZES = (  # of a config, that decide the shape and meaning of a cache
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "mamba_expand", "mamba_head_dim", "mamba_n_groups", "mamba_d_state", "mamba_d_conv",
+)  # fmt: skip
 
 
 def insert_past(past: Tensor, new: Tensor, pads: Tensor | None) -> Tensor:
@@ -45,10 +53,12 @@ class KVBuffer:
         self.store: Tensor | None = None  # (2, B, K, capacity, P)
         self.begin = 0
         self.end = 0
+        self.recorded = 0  # last tokens that may yet be taken back: the window before them is kept too
 
     def extend(self, k: Tensor, v: Tensor, pads: Tensor | None, keep_all: bool) -> tuple[Tensor, Tensor]:
         """Add k and v (B, K, L, P); returns what the new queries may need, (B, K, S, P), the new ones last."""
         if k.shape[2] == 1 and pads is None and not torch.is_grad_enabled() and self._append(k, v):
+            self.recorded = self.recorded + 1 if keep_all else 0
             begin = self.begin if self.window is None else max(self.begin, self.end - self.window)
             shown = self.store[:, :, :, begin : self.end]  # type: ignore[index]
             return shown[0], shown[1]
@@ -58,9 +68,10 @@ class KVBuffer:
             flat = (t.flatten(0, 1).transpose(1, 2).unflatten(0, (2, -1)) for t in (past, joined))
             rows = [insert_past(p, n, pads) for p, n in zip(*flat, strict=True)]
             joined = torch.stack(rows).transpose(2, 3)
+        self.recorded = self.recorded + k.shape[2] if keep_all else 0
         keep = joined.shape[3]
         if self.window is not None:
-            keep = min(keep, self.window - 1 + (k.shape[2] if keep_all else 0))
+            keep = min(keep, self.window - 1 + self.recorded)
         self._hold(joined[:, :, :, joined.shape[3] - keep :])
         return joined[0], joined[1]
 
@@ -77,11 +88,17 @@ class KVBuffer:
     def drop_last(self, count: int) -> None:
         self.end -= count
 
+    def fork(self) -> KVBuffer:
+        twin = KVBuffer(self.window)
+        twin.replace(self.tensors())
+        twin.recorded = self.recorded
+        return twin
+
     def _past(self) -> Tensor | None:
         held = self.tensors()
         if held is None or self.window is None:
             return held
-        keep = min(held.shape[3], self.window - 1)
+        keep = min(held.shape[3], self.window - 1 + self.recorded)
         return held[:, :, :, held.shape[3] - keep :]
 
     def _append(self, k: Tensor, v: Tensor) -> bool:
@@ -105,6 +122,15 @@ class KVBuffer:
         self.store[:, :, :, : self.end] = tensors
 
 
+@dataclass
+class Forward:
+    """How to go back into one forward pass: what stood after its first n tokens."""
+
+    tokens: int
+    progress: Callable[[int], Progress] | None
+    states: StatesAfter | None = None
+
+
 class HybridCacheLayer(CacheLayerMixin):
     """All state of one layer. `progress` is kept in the first layer of a cache and describes the rows of all."""
 
@@ -121,10 +147,8 @@ class HybridCacheLayer(CacheLayerMixin):
         self.everywhere = KVBuffer(None)
         self.progress = Progress()
         self.record_past = False
-        # Both Mamba states, and the progress, had only the first n tokens of the last forward come.
-        self.undo: Callable[[int], tuple[Tensor | None, Tensor | None]] | None = None
-        self.undo_progress: Callable[[int], Progress] | None = None
-        self.undo_length = 0
+        self.undo: StatesAfter | None = None  # of the last forward, set by the Mamba branch
+        self.forwards: list[Forward] = []  # all that can be taken back; the newest one's states are still in `undo`
 
     # Every part, by name: fork, reorder, save and load are written over this one list.
     def parts(self) -> dict[str, Tensor | None]:
@@ -148,8 +172,8 @@ class HybridCacheLayer(CacheLayerMixin):
     def fork(self) -> HybridCacheLayer:
         """An independent copy: neither sees what the other does later."""
         twin = copy.copy(self)
-        twin.local, twin.everywhere = KVBuffer(self.local.window), KVBuffer(None)
-        twin.set_parts(self.parts(), self.progress.seen, self.progress.dense)
+        twin.local, twin.everywhere = self.local.fork(), self.everywhere.fork()
+        twin.progress, twin.forwards = copy.copy(self.progress), [copy.copy(forward) for forward in self.forwards]
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -175,33 +199,50 @@ class HybridCacheLayer(CacheLayerMixin):
         self._forget_undo()
 
     def activate_past_recording(self) -> None:
-        """From now on the last forward's tokens can be taken back with `crop`."""
+        """From now on tokens can be taken back with `crop`, which ends the record of those before it."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last |n| tokens, which must all be of the last forward; 0 only forgets how to."""
-        count = abs(tokens_to_remove)
-        if count == 0:
+    def begin_forward(self, tokens: int, progress_after: Callable[[int], Progress] | None) -> None:
+        """Called before the mixers run; what the Mamba branch left in `undo` belongs to the forward before."""
+        self.is_initialized = True
+        if not self.record_past:
             self._forget_undo()
             return
-        if not self.record_past or count > self.undo_length:
-            have = self.undo_length if self.record_past else 0
+        if self.forwards:
+            self.forwards[-1].states = self.undo
+        self.undo = None
+        self.forwards.append(Forward(tokens, progress_after))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last |n| tokens, all of them recorded since the last `crop`; 0 only ends the record."""
+        count = abs(tokens_to_remove)
+        recorded = sum(forward.tokens for forward in self.forwards)
+        if count > recorded:
             raise ValueError(
-                f"cannot take back {count} tokens: {have} of the last forward are recorded "
-                "(call activate_past_recording() on the cache before that forward)"
+                f"cannot take back {count} tokens: {recorded} are recorded "
+                "(since activate_past_recording() on the cache, or since the last crop)"
             )
-        kept = self.undo_length - count
-        if self.undo is not None:
-            self.conv_state, self.ssm_state = self.undo(kept)
+        if count:
+            self.forwards[-1].states = self.undo
+            self._go_back(count)
+        self._forget_undo()
+
+    def _go_back(self, count: int) -> None:
+        kept = -count
+        while kept < 0:
+            forward = self.forwards.pop()
+            kept += forward.tokens
+        if forward.states is not None:
+            self.conv_state, self.ssm_state = forward.states(kept)
+        if forward.progress is not None:
+            self.progress = forward.progress(kept)
         for buffer in (self.local, self.everywhere):
             if buffer.store is not None:
                 buffer.drop_last(count)
-        if self.undo_progress is not None:
-            self.progress = self.undo_progress(kept)
-        self._forget_undo()
 
     def _forget_undo(self) -> None:
-        self.undo, self.undo_progress, self.undo_length = None, None, 0
+        self.undo, self.forwards = None, []
+        self.local.recorded = self.everywhere.recorded = 0
 
     def _rows(self) -> Tensor | None:
         for name, t in self.parts().items():
@@ -238,7 +279,7 @@ class HybridCache(Cache):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(layers=[HybridCacheLayer(spec.sliding_window) for spec in config.layer_specs])
-        self.layout = json.dumps([config.layers, config.hidden_size, config.num_key_value_heads, config.mamba_d_state])
+        self.layout = json.dumps({"layers": config.layers, **{name: getattr(config, name) for name in _SIZES}})
 
     @property
     def progress(self) -> Progress:
@@ -253,16 +294,13 @@ class HybridCache(Cache):
 
     def advance(self, after: Progress, progress_after: Callable[[int], Progress]) -> None:
         """Note new tokens; `progress_after(n)` tells where the rows stood had only the first n of them come."""
-        for layer in self.layers:
-            layer.is_initialized = True
-            if layer.record_past:
-                layer.undo_length = after.seen - self.progress.seen
-        first = self.layers[0]
-        first.progress = after
-        first.undo_progress = progress_after if first.record_past else None
+        tokens = after.seen - self.progress.seen
+        for i, layer in enumerate(self.layers):
+            layer.begin_forward(tokens, progress_after if i == 0 else None)
+        self.layers[0].progress = after
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last |n| tokens, all of them from the last forward; see `activate_past_recording`."""
+        """Take back the last |n| tokens, recorded since `activate_past_recording` or the last `crop`."""
         for layer in self.layers:
             layer.crop(tokens_to_remove)
 

@@ -81,6 +81,11 @@ class HybridPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config)
 
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # transformers passes over modules without parameters of their own when the model is not one of its own, and so
+        # over what `init_module` does to their children. Loaded parameters are left alone by `init_module` itself.
+        super()._initialize_weights(module)
+
 
 class HybridModel(HybridPreTrainedModel):
     """Embedding, blocks and final norm: token ids to hidden states."""
@@ -317,7 +322,9 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache(self.config)
+            cache = model_kwargs["past_key_values"] = HybridCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()  # its guesses are taken back where the main model disagrees
 
 
 def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -106,6 +106,24 @@ def rolled_back_is_never_advanced(model: Model) -> None:
 
 
 @torch.no_grad()
+def several_forwards_are_rolled_back(model: Model) -> None:
+    """As an assistant model is used: it guesses token by token, and then some of those forwards are taken back."""
+    ids, want = _whole(model)
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    text = torch.cat([ids[:, :18], tokens(2, 102, seed=9)], dim=1)
+    feed(model, text, [11, 1, 1, 10] + [1] * 80 + [17], cache)
+    twin = cache.fork()
+    for held in (cache, twin):
+        held.crop(-102)
+        assert held.get_seq_length() == 18
+        got, _ = feed(model, torch.cat([ids[:, 18:23], tokens(2, 3, seed=8)], dim=1), [5, 1, 1, 1], held)
+        held.crop(-3)
+        rest, _ = feed(model, ids[:, 23:], [1] * 7 + [33], held)
+        assert_same(torch.cat([got[:, :5], rest], dim=1), want[:, 18:])
+
+
+@torch.no_grad()
 def a_saved_cache_goes_on(model: Model) -> None:
     ids, want = _whole(model)
     _, cache = feed(model, ids[:, :41], [30] + [1] * 11)
@@ -145,6 +163,7 @@ COLUMNS = [
     chunks_with_gradient_are_whole,
     a_fork_is_independent,
     rolled_back_is_never_advanced,
+    several_forwards_are_rolled_back,
     a_saved_cache_goes_on,
     reordered_rows_go_on,
     bytes_are_those_accounted,

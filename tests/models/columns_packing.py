@@ -40,7 +40,7 @@ def packed_is_separate(model: Model) -> None:
 def packed_and_cached_is_separate(model: Model) -> None:
     ids = tokens(2, LENGTH)
     want = _separate(model, ids)
-    by_position, by_name = dict(position_ids=restarting()), dict(seq_idx=numbered())
+    by_position, by_name = {"position_ids": restarting()}, {"seq_idx": numbered()}
     for named, chunkings in ((by_position, ([40, 23], [1] * LENGTH)), (by_name, ([17, 1, 45],))):
         for sizes in chunkings:
             cache, parts, at = HybridCache(model.config), [], 0
@@ -61,7 +61,7 @@ def packed_and_padded_is_separate(model: Model) -> None:
     want = _separate(model, real)
     for target, source in ((ids, real), (positions, restarting()), (documents, numbered())):
         target[mask == 1] = source.flatten()
-    for named in (dict(position_ids=positions), dict(seq_idx=documents)):
+    for named in ({"position_ids": positions}, {"seq_idx": documents}):
         got = model(ids, attention_mask=mask, **named).logits
         assert_same(got[mask == 1].view_as(want), want)
 
@@ -69,7 +69,7 @@ def packed_and_padded_is_separate(model: Model) -> None:
 def packed_gradients_are_separate(model: Model) -> None:
     ids, weight = tokens(2, LENGTH), torch.randn(2, LENGTH, VOCAB)
     want = gradients(model, (_separate(model, ids) * weight).sum())
-    for named in (dict(position_ids=restarting()), dict(seq_idx=numbered())):
+    for named in ({"position_ids": restarting()}, {"seq_idx": numbered()}):
         logits = model(ids, use_cache=False, **named).logits
         assert_same_gradients(gradients(model, (logits * weight).sum()), want)
 
@@ -106,7 +106,7 @@ def the_loss_stops_at_documents(model: Model) -> None:
     logits = model(ids, position_ids=restarting()).logits
     targets = ids[:, 1:].masked_fill(restarting()[:, 1:] == 0, -100)
     want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
-    for named in (dict(position_ids=restarting()), dict(seq_idx=numbered())):
+    for named in ({"position_ids": restarting()}, {"seq_idx": numbered()}):
         assert_same(model(ids, labels=ids, **named).loss, want)
 
 

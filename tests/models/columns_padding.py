@@ -86,7 +86,7 @@ def padded_and_cached_is_alone(model: Model) -> None:
 @torch.no_grad()
 def padded_rows_generate_as_alone(model: Model) -> None:
     rows, mask = texts(), left_mask()
-    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     got = model.generate(placed(rows, mask), attention_mask=mask, **settings)[:, max(LENGTHS) :]
     for row, text in enumerate(rows):
         ids = text[None]

@@ -121,7 +121,7 @@ def gates_are_watched(model: Model) -> None:
         if spec.block != "hybrid" or len(spec.mixers) < 2:
             assert gate is None and rms is None
             continue
-        assert gate.shape == (2, LENGTH, model.config.hidden_size) and 0 < gate.min() and gate.max() < 1
+        assert gate.shape == (2, LENGTH, model.config.hidden_size) and gate.min() > 0 and gate.max() < 1
         assert gate.requires_grad and not rms.requires_grad and rms.shape == (2,) and (rms > 0).all()
         assert_same(gate[1:, 11:], own)
 

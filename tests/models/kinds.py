@@ -10,20 +10,20 @@ from torch import Tensor
 from fusiontree.models import HybridConfig, HybridLanguageModel, preset
 
 VOCAB = 61
-BASE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    sliding_window=5,
-    global_heads=1,
-    mamba_d_state=8,
-    mamba_head_dim=8,
-    mamba_chunk_size=8,
-    gate_rank=4,
-    max_position_embeddings=256,
-    srte_rank=8,
-)
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "sliding_window": 5,
+    "global_heads": 1,
+    "mamba_d_state": 8,
+    "mamba_head_dim": 8,
+    "mamba_chunk_size": 8,
+    "gate_rank": 4,
+    "max_position_embeddings": 256,
+    "srte_rank": 8,
+}
 PRUNED = [{"mixers": ["attention"]}, {"mixers": ["mamba"]}]
 MIXED = [
     {},
@@ -34,29 +34,29 @@ MIXED = [
 ]
 KINDS: dict[str, dict[str, Any]] = {
     "post": {},
-    "pre": dict(norm_placement="pre", srte="none", mamba_dt_limit=(0.05, 1.0)),
-    "sandwich": dict(norm_placement="sandwich", mlp_type="swiglu"),
-    "gqa_shared": dict(num_key_value_heads=2, global_heads=1),  # a key head serves a global and a local head
-    "mqa": dict(num_key_value_heads=1, global_heads=2),
-    "local_only": dict(num_key_value_heads=2, global_heads=0),
-    "global_only": dict(num_key_value_heads=2, global_heads=4),
-    "window_1": dict(sliding_window=1),
-    "window_odd": dict(sliding_window=37, num_key_value_heads=2),
-    "window_wide": dict(sliding_window=300),
-    "attention_kept": dict(layers=[{"mixers": ["attention"]}] * 2),
-    "mamba_kept": dict(layers=[{"mixers": ["mamba"]}] * 2),
-    "pruned": dict(layers=PRUNED, norm_placement="pre"),
-    "llama": dict(preset="llama", num_key_value_heads=2),
-    "mistral": dict(preset="llama", num_key_value_heads=1, sliding_window=7),
-    "mamba2": dict(preset="mamba2"),
-    "srte_learned": dict(srte="learned"),
-    "srte_low_rank": dict(srte="low_rank"),
-    "srte_per_layer": dict(srte="learned", srte_shared=False),
-    "groups": dict(mamba_n_groups=2, mamba_chunk_size=7),
-    "conv_1": dict(mamba_d_conv=1),
-    "conv_2": dict(mamba_d_conv=2, mamba_expand=1.5, sliding_window=2),
-    "mixed": dict(layers=MIXED, num_hidden_layers=5, norm_placement="pre"),
-    "untied": dict(tie_word_embeddings=False, mlp_type="none"),
+    "pre": {"norm_placement": "pre", "srte": "none", "mamba_dt_limit": (0.05, 1.0)},
+    "sandwich": {"norm_placement": "sandwich", "mlp_type": "swiglu"},
+    "gqa_shared": {"num_key_value_heads": 2, "global_heads": 1},  # a key head serves a global and a local head
+    "mqa": {"num_key_value_heads": 1, "global_heads": 2},
+    "local_only": {"num_key_value_heads": 2, "global_heads": 0},
+    "global_only": {"num_key_value_heads": 2, "global_heads": 4},
+    "window_1": {"sliding_window": 1},
+    "window_odd": {"sliding_window": 37, "num_key_value_heads": 2},
+    "window_wide": {"sliding_window": 300},
+    "attention_kept": {"layers": [{"mixers": ["attention"]}] * 2},
+    "mamba_kept": {"layers": [{"mixers": ["mamba"]}] * 2},
+    "pruned": {"layers": PRUNED, "norm_placement": "pre"},
+    "llama": {"preset": "llama", "num_key_value_heads": 2},
+    "mistral": {"preset": "llama", "num_key_value_heads": 1, "sliding_window": 7},
+    "mamba2": {"preset": "mamba2"},
+    "srte_learned": {"srte": "learned"},
+    "srte_low_rank": {"srte": "low_rank"},
+    "srte_per_layer": {"srte": "learned", "srte_shared": False},
+    "groups": {"mamba_n_groups": 2, "mamba_chunk_size": 7},
+    "conv_1": {"mamba_d_conv": 1},
+    "conv_2": {"mamba_d_conv": 2, "mamba_expand": 1.5, "sliding_window": 2},
+    "mixed": {"layers": MIXED, "num_hidden_layers": 5, "norm_placement": "pre"},
+    "untied": {"tie_word_embeddings": False, "mlp_type": "none"},
 }
 
 
@@ -109,6 +109,12 @@ def off(got: Tensor, want: Tensor) -> float:
 
 def assert_same(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert off(got, want) <= tolerance, f"off by {off(got, want):.2e}, allowed {tolerance:.0e}"
+
+
+def assert_same_gradient(got: Tensor, want: Tensor, upstream: Tensor, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value of the gradient or of what came from above: a gradient may be exactly zero."""
+    scale = max(want.abs().max().item(), upstream.abs().max().item())
+    assert (got.double() - want.double()).abs().max().item() <= tolerance * scale
 
 
 def gradients(model: HybridLanguageModel, loss: Tensor) -> dict[str, Tensor]:

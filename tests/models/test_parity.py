@@ -19,18 +19,24 @@ from fusiontree.models.segments import Segments
 from tests.models.kinds import VOCAB, assert_same, draw_weights, tokens
 
 LENGTH = 63
-ATTENTION = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    pad_token_id=0,
-)
-MAMBA = dict(
-    vocab_size=VOCAB, hidden_size=32, num_heads=8, head_dim=8, state_size=16, num_hidden_layers=2, chunk_size=8
-)
+ATTENTION = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+MAMBA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_heads": 8,
+    "head_dim": 8,
+    "state_size": 16,
+    "num_hidden_layers": 2,
+    "chunk_size": 8,
+}
 
 
 def llama(**overrides: object) -> PreTrainedModel:
@@ -88,10 +94,10 @@ def test_left_padded_logits_and_generation(name: str) -> None:
     for row, pads in enumerate((0, 20, 50)):
         mask[row, :pads] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    named = {} if "mamba" in name else dict(position_ids=positions)
+    named = {} if "mamba" in name else {"position_ids": positions}
     want = theirs(ids, attention_mask=mask, **named).logits
     assert_same(ours(ids, attention_mask=mask).logits[mask == 1], want[mask == 1])
-    settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **settings), theirs.generate(ids, **settings))
 
 
