@@ -118,7 +118,8 @@ class KVBuffer:
             self.store = tensors
             return
         room = max(_ROOM, self.end // 4) if self.window is None else max(_ROOM, self.window)
-        self.store = tensors.new_empty(*tensors.shape[:3], self.end + room, tensors.shape[4])
+        with torch.inference_mode(False):  # written in place later, perhaps after inference mode has ended
+            self.store = tensors.new_empty(*tensors.shape[:3], self.end + room, tensors.shape[4])
         self.store[:, :, :, : self.end] = tensors
 
 

@@ -209,3 +209,17 @@ def test_rollback_of_padded_rows() -> None:
     cache.crop(-3)
     got = model(ids[:, 17:], attention_mask=mask, past_key_values=cache).logits
     assert_same(got, model(ids, attention_mask=mask).logits[:, 17:])
+
+
+def test_a_cache_outlives_inference_mode() -> None:
+    model, ids = shared_model("mixed"), tokens(1, 30)
+    cache = HybridCache(model.config)
+    with torch.inference_mode():
+        want = model(ids).logits.clone()
+        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, 20:21], past_key_values=cache)
+    with torch.no_grad():
+        parts = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(21, 30)]
+    assert_same(torch.cat(parts, dim=1), want[:, 21:])
+    model(ids, labels=ids).loss.backward()  # tables made in inference mode do not spoil training
+    model.zero_grad()
