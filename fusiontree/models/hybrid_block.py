@@ -22,6 +22,7 @@ from fusiontree.models.norms import RMSNorm
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
 from fusiontree.models.srte import SRTE
+from fusiontree.ops.autocast import autocast_dtype
 
 _RMS_STRIDE = 8  # every 8th token serves for the watched branch norms
 
@@ -93,7 +94,7 @@ class HybridBlock(nn.Module):
         branches = {}
         for name, mixer in self.mixers.items():
             if name == removed:
-                branches[name] = torch.zeros_like(z)
+                branches[name] = torch.zeros_like(z, dtype=autocast_dtype(z))  # as the other branch's output
             else:
                 x = self._with_time(z, positions) if name == "mamba" else z
                 branches[name] = mixer(x, positions, segments, cache)

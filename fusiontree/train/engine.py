@@ -156,7 +156,7 @@ class Trainer:
         batch = to_device(batch, self.strategy.device)
         self.model.branch_dropout_seed = _mixed(self.config.system.seed, step, index)
         with self._autocast():
-            out = self.forward(**model_inputs(batch), output_gates=gates)
+            out = self.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
             terms = self.loss(out, batch, phase, self._teacher_logits(batch))
         self.strategy.backward(terms["loss"] * weight)
         for callback in watchers:
