@@ -88,7 +88,9 @@ def lay_out(rows: Rows, past: Progress | None) -> tuple[Tensor, Segments, Progre
         index = torch.where(begin >= 0, slot - begin, index)
     if position_ids is None:
         position = zero if past.position is None else past.position
-        ids = index + (position - age)[:, None] if starts is None else index
+        ids = index + (position - age)[:, None]
+        if starts is not None:
+            ids = torch.where(begin >= 0, index, ids)
         ids = ids.clamp_min(0).expand(batch, length)
     else:
         ids = position_ids.masked_fill(order < 0, 0) if pads is not None else position_ids
@@ -100,7 +102,7 @@ def lay_out(rows: Rows, past: Progress | None) -> tuple[Tensor, Segments, Progre
         past.seen + length,
         _update(index[:, -1].expand(batch) + 1, age, empty),
         _update(ids[:, -1] + 1, zero if past.position is None else past.position, empty),
-        None if seq_idx is None else _update(seq_idx[:, -1], seq_idx[:, -1] if cold else past.seq_idx, empty),
+        past.seq_idx if seq_idx is None else _update(seq_idx[:, -1], seq_idx[:, -1] if cold else past.seq_idx, empty),
         dense,
     )
     return ids, Segments(valid, pads, starts, reach), after

@@ -97,6 +97,28 @@ def positions_may_begin_anywhere(model: Model) -> None:
     assert_same(torch.cat(parts, dim=1), want)
 
 
+@torch.no_grad()
+def what_is_not_named_goes_on(model: Model) -> None:
+    """Tokens without seq_idx or position_ids belong to the document before them, and count on from it."""
+    ids, first = tokens(2, LENGTH), 30
+    positions = torch.cat([torch.arange(first) + 9, torch.arange(LENGTH - first)])[None].expand(2, -1)
+    documents = (torch.arange(LENGTH) >= first).long()[None].expand(2, -1)
+    want = model(ids, position_ids=positions).logits
+    cache = HybridCache(model.config)
+    parts = [
+        model(ids[:, :20], position_ids=positions[:, :20], seq_idx=documents[:, :20], past_key_values=cache).logits
+    ]
+    parts += [model(ids[:, 20:25], past_key_values=cache).logits]
+    parts += [model(ids[:, 25:40], seq_idx=documents[:, 25:40], past_key_values=cache).logits]
+    parts += [model(ids[:, 40:], past_key_values=cache).logits]
+    assert_same(torch.cat(parts, dim=1), want)
+    cache = HybridCache(model.config)
+    parts = [model(ids[:, :20], seq_idx=documents[:, :20], past_key_values=cache).logits]
+    parts += [model(ids[:, 20:first], past_key_values=cache).logits]
+    parts += [model(ids[:, first:], seq_idx=documents[:, first:], past_key_values=cache).logits]
+    assert_same(torch.cat(parts, dim=1), model(ids, seq_idx=documents).logits)
+
+
 def packed_gradients_are_separate(model: Model) -> None:
     ids, weight = tokens(2, LENGTH), torch.randn(2, LENGTH, VOCAB)
     want = gradients(model, (_separate(model, ids) * weight).sum())
@@ -147,6 +169,7 @@ COLUMNS = [
     packed_and_padded_is_separate,
     packed_padded_and_cached_is_separate,
     positions_may_begin_anywhere,
+    what_is_not_named_goes_on,
     packed_gradients_are_separate,
     the_future_never_leaks,
     documents_never_leak,
