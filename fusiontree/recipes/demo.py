@@ -35,7 +35,7 @@ from fusiontree.train import RunConfig, latest_checkpoint, load_config, train
 SETTINGS_FILE = "demo.json"
 SAMPLES_FILE = "samples.json"
 MAX_FILE_BYTES = 16 << 20
-TINY_PACE = Pace(steps=12, healing_steps=2, measured_batches=1, precision="fp32")
+TINY_PACE = Pace(steps=12, healing_steps=2, measured_batches=1, precision="bf16")
 PROMPTS = (
     "def read_lines(path):",
     "class Node:\n    def __init__(self,",
@@ -63,7 +63,6 @@ TINY = Sizes(
         "training.validation_batches=2",
         f"data.train.0.path={Path(json.__file__).parent}/*.py",  # a handful of the same library's files
         "data.tokenizer.train_vocab_size=512",
-        "gate_monitor.every=2",
     ],
     max_loss_increase=10.0,
     prompt_length=16,
@@ -103,7 +102,7 @@ def demo_config(out: Path, sizes: Sizes = FULL, pace: Pace | None = None) -> Run
         often = max(1, pace.steps // 5)
         overrides += [f"training.steps={pace.steps}", f"training.warmup_steps={pace.steps // 10}"]
         overrides += [f"training.save_every={often}", f"training.validation_every={often}"]
-        overrides += [f"training.precision={pace.precision}"]
+        overrides += [f"training.precision={pace.precision}", f"gate_monitor.every={max(1, pace.steps // 20)}"]
     with resources.as_file(resources.files("fusiontree.recipes").joinpath("demo.yaml")) as settings:
         return load_config(settings, [*overrides, *sizes.overrides])
 
