@@ -88,6 +88,19 @@ def a_fork_is_independent(model: Model) -> None:
 
 
 @torch.no_grad()
+def forks_take_turns(model: Model) -> None:
+    """Three copies step side by side, each on its own text: nothing that one writes in place shows in another."""
+    start, texts = tokens(1, 20), [tokens(1, 12, seed=seed) for seed in (1, 2, 3)]
+    _, cache = feed(model, start, [15, 1, 1, 1, 1, 1])
+    caches = [cache, cache.fork(), cache.fork()]
+    pairs = list(zip(caches, texts, strict=True))
+    steps = [[model(text[:, t : t + 1], past_key_values=held).logits for held, text in pairs] for t in range(12)]
+    for i, text in enumerate(texts):
+        got = torch.cat([step[i] for step in steps], dim=1)
+        assert_same(got, model(torch.cat([start, text], dim=1)).logits[:, 20:])
+
+
+@torch.no_grad()
 def rolled_back_is_never_advanced(model: Model) -> None:
     """As assisted decoding does it: guess some tokens, take back the wrong ones, go on; over and over."""
     ids, want = _whole(model)
@@ -162,6 +175,7 @@ COLUMNS = [
     chunks_on_a_warm_cache_are_whole,
     chunks_with_gradient_are_whole,
     a_fork_is_independent,
+    forks_take_turns,
     rolled_back_is_never_advanced,
     several_forwards_are_rolled_back,
     a_saved_cache_goes_on,
