@@ -31,12 +31,13 @@ def continued(session: Session, count: int = 25) -> list[int]:
 
 
 def test_in_parts_it_gives_what_it_gives_in_one_go(runtime: InferenceRuntime) -> None:
-    whole, parts = runtime.start_session("once upon", seed=4), runtime.start_session("once upon", seed=4)
+    whole, parts = runtime.start_session("once upon", seed=5), runtime.start_session("once upon", seed=5)
     text = whole.generate(max_new_tokens=30, **SAMPLED)
+    assert len(whole.ids) == len(runtime.start_session("once upon").ids) + 30, "the draw met the end token: change it"
     pieces = [parts.generate(max_new_tokens=10, **SAMPLED) for _ in range(3)]
     assert parts.ids == whole.ids
     assert "".join(pieces) == text
-    assert text == runtime.generate("once upon", max_new_tokens=30, seed=4, **SAMPLED)
+    assert text == runtime.generate("once upon", max_new_tokens=30, seed=5, **SAMPLED)
 
 
 @pytest.mark.parametrize("generated", [0, 1, 17])

@@ -12,7 +12,7 @@ from tests.models.kinds import assert_same
 from tests.ops.poison import poisoned_memory
 
 
-def definition(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor | None):
+def definition(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None, state: Tensor | None):
     """The sum over taps in float64, tap by tap with the document of each input."""
     batch, length, channels = x.shape
     width = weight.shape[1]
@@ -24,19 +24,17 @@ def definition(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | 
     for tap in range(width):
         same = document[:, tap : tap + length] == document[:, width - 1 :]
         y = y + torch.where(same[..., None], line[:, tap : tap + length] * weight[:, tap].double(), 0.0)
-    y = y if bias is None else y + bias.double()
+    y = y + bias.double()
     kept = torch.where((document == document[:, -1:])[..., None], line, 0.0)[:, length:]
     return F.silu(y), kept.transpose(1, 2)
 
 
-def check(
-    batch: int, length: int, channels: int, width: int, often: float, warm: bool, biased: bool, seed: int
-) -> None:
+def check(batch: int, length: int, channels: int, width: int, often: float, warm: bool, seed: int) -> None:
     torch.manual_seed(seed)
     leaves = {
         "x": torch.randn(batch, length, channels, requires_grad=True),
         "weight": torch.randn(channels, width, requires_grad=True),
-        "bias": torch.randn(channels, requires_grad=True) if biased else None,
+        "bias": torch.randn(channels, requires_grad=True),
         "state": torch.randn(batch, channels, width - 1, requires_grad=True) if warm and width > 1 else None,
     }
     starts = torch.rand(batch, length) < often if often else None
@@ -63,7 +61,7 @@ def check(
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_lengths_and_widths(length: int, width: int) -> None:
     for often, warm in ((0.0, False), (0.0, True), (0.3, True), (1.0, False)):
-        check(2, length, 5, width, often, warm, biased=True, seed=length)
+        check(2, length, 5, width, often, warm, seed=length)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -74,11 +72,10 @@ def test_lengths_and_widths(length: int, width: int) -> None:
     width=st.integers(1, 6),
     often=st.sampled_from([0.0, 0.1, 0.5]),
     warm=st.booleans(),
-    biased=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(batch, length, channels, width, often, warm, biased, seed) -> None:
-    check(batch, length, channels, width, often, warm, biased, seed)
+def test_any_shape(batch, length, channels, width, often, warm, seed) -> None:
+    check(batch, length, channels, width, often, warm, seed)
 
 
 def test_steps_are_the_whole() -> None:
