@@ -19,6 +19,7 @@ MIXERS = ("mamba", "attention")
 _MIXER_CHOICES = (["mamba"], ["attention"], ["attention", "mamba"])
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": ("post", "pre", "sandwich"),
+    "rope_scaling": ("none", "linear", "ntk"),
     "srte": ("sincos", "learned", "low_rank", "none"),
     "mlp_type": ("mlp", "swiglu", "none"),
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu", "relu"),
@@ -29,7 +30,7 @@ _WHOLE = (
     "max_position_embeddings", "mamba_d_state", "mamba_d_conv", "mamba_head_dim", "mamba_n_groups", "mamba_chunk_size",
     "srte_rank", "gate_rank", "intermediate_size",
 )  # fmt: skip
-_POSITIVE = ("rope_theta", "mamba_expand", "norm_eps")
+_POSITIVE = ("rope_theta", "rope_factor", "mamba_expand", "norm_eps")
 _SWITCHES = ("srte_shared", "tie_word_embeddings", "use_cache")
 
 
@@ -47,9 +48,10 @@ class HybridConfig(PreTrainedConfig):
     """Configuration of `HybridLanguageModel`.
 
     Attention: `num_attention_heads` heads of which the first `global_heads` see everything and the rest the last
-    `sliding_window` keys. Mamba: inner width `mamba_expand * hidden_size`, in heads of `mamba_head_dim`. SRTE: the time
-    encoding added to the Mamba branch. `layers`: one dict per layer with any of block, mixers, sliding_window,
-    global_heads; left out, every layer is a FusionTree block.
+    `sliding_window` keys; RoPE of base `rope_theta`, stretched by `rope_factor` as `rope_scaling` says. Mamba: inner
+    width `mamba_expand * hidden_size`, in heads of `mamba_head_dim`. SRTE: the time encoding added to the Mamba branch.
+    `layers`: one dict per layer with any of block, mixers, sliding_window, global_heads; left out, every layer is a
+    FusionTree block.
     """
 
     model_type = "fusiontree"
@@ -64,6 +66,8 @@ class HybridConfig(PreTrainedConfig):
     sliding_window: int | None = 256
     global_heads: int = 1
     rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
     max_position_embeddings: int = 2048
 
     mamba_d_state: int = 64

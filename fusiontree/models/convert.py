@@ -19,6 +19,7 @@ from fusiontree.models.hybrid_model import HybridLanguageModel
 from fusiontree.models.presets import preset
 
 _FP32 = ("A_log", "dt_bias", "D")
+_ROPE_SCALING = {"default": "none", "linear": "linear"}  # transformers' names → ours
 Tensors = dict[str, Tensor]
 
 
@@ -38,8 +39,9 @@ def _llama_config(theirs: Any) -> HybridConfig:
     _require(theirs, "attention_bias", False, None)
     _require(theirs, "mlp_bias", False, None)
     rope = dict(theirs.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_parameters.rope_type={rope['rope_type']!r}: only 'default', no scaling, is known here")
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPE_SCALING:
+        raise ConfigError(f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_SCALING)}")
     return preset(
         "llama",
         num_attention_heads=theirs.num_attention_heads,
@@ -49,6 +51,8 @@ def _llama_config(theirs: Any) -> HybridConfig:
         intermediate_size=theirs.intermediate_size,
         max_position_embeddings=theirs.max_position_embeddings,
         rope_theta=rope.get("rope_theta", 10000.0),
+        rope_scaling=_ROPE_SCALING[kind],
+        rope_factor=rope.get("factor", 1.0),
         norm_eps=theirs.rms_norm_eps,
         **_shared(theirs),
     )

@@ -96,7 +96,7 @@ class HybridModel(HybridPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         encoded = config.srte != "none" and any("mamba" in spec.mixers and spec.block == "hybrid" for spec in specs)
         self.srte = SRTE(config) if encoded and config.srte_shared else None
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.rotary = RotaryTable(config)
         self.uses_attention = any("attention" in spec.mixers for spec in specs)
         self.layers = nn.ModuleList(build_block(config, spec) for spec in specs)
         # A post-normed block already ends in a norm.

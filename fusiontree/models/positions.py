@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusiontree.models.config import HybridConfig
+
 
 @dataclass
 class Positions:
@@ -19,11 +21,18 @@ class Positions:
 
 
 class RotaryTable:
-    """cos/sin of RoPE (Su et al. 2021), grown on demand, shared by all layers. Not a parameter, not saved."""
+    """cos/sin of RoPE (Su et al. 2021), grown on demand, shared by all layers. Not a parameter, not saved.
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim = head_dim
-        self.theta = theta
+    Scaling for texts longer than those trained on: `linear` divides positions by the factor (Chen et al. 2023,
+    arXiv:2306.15595); `ntk` raises the base so that the slowest pair turns that much slower and the fastest hardly.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        self.head_dim = config.head_dim
+        self.theta = config.rope_theta
+        self.stretch = config.rope_factor if config.rope_scaling == "linear" else 1.0
+        if config.rope_scaling == "ntk" and self.head_dim > 2:
+            self.theta *= config.rope_factor ** (self.head_dim / (self.head_dim - 2))
         self._table: Tensor | None = None  # (positions, P): cos half, sin half, fp32
 
     def lookup(self, ids: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,7 +47,7 @@ class RotaryTable:
         with torch.inference_mode(False), torch.no_grad():
             exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
             frequency = 1.0 / self.theta**exponent
-            angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
+            angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency / self.stretch
             return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

@@ -210,6 +210,8 @@ MODEL: dict[str, tuple[Any, dict[str, Any]]] = {
     "sliding_window": (3, {}),
     "global_heads": (0, {}),
     "rope_theta": (100.0, {}),
+    "rope_scaling": ("linear", {"rope_factor": 2.0}),
+    "rope_factor": (4.0, {"rope_scaling": "ntk"}),
     "max_position_embeddings": (64, {"srte": "learned"}),
     "mamba_d_state": (16, {}),
     "mamba_d_conv": (2, {}),
