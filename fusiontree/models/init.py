@@ -2,8 +2,10 @@
 
 parameter                        distribution
 embeddings, linear layers        N(0, initializer_range)
-projections into the residual    N(0, initializer_range / sqrt(2 · layers))
-gate D                           N(0, initializer_range / 10): the gate starts near 0.5
+projections into the residual    N(0, initializer_range / sqrt(2 · layers)): fusion_proj and the MLP's last of a hybrid
+                                 block (its mixers end in the alignment instead), the mixer's and MLP's last elsewhere
+gate U                           N(0, 1 / sqrt(H)): with a small U both its factors would learn slowly
+gate D                           N(0, initializer_range): the gate starts near 0.5
 norm weights                     1
 conv weight, bias                U(-1/sqrt(K), 1/sqrt(K))           (PyTorch's default for a depthwise convolution)
 A_log                            log U(1, 16)                        (Mamba-2)
@@ -22,11 +24,15 @@ from transformers import initialization as init
 
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.fusion import GateLowRank
+from fusiontree.models.hybrid_block import HybridBlock, SequentialBlock
 from fusiontree.models.mamba_block import MambaBlock
 from fusiontree.models.norms import GatedRMSNorm, RMSNorm
 from fusiontree.models.srte import SRTE
 
-_INTO_RESIDUAL = ("o_proj", "out_proj", "down_proj", "fusion_proj")
+_INTO_RESIDUAL: dict[type[nn.Module], tuple[str, ...]] = {
+    HybridBlock: ("fusion_proj", "mlp.down_proj"),
+    SequentialBlock: ("mixers.attention.o_proj", "mixers.mamba.out_proj", "mlp.down_proj"),
+}
 _DT_MIN, _DT_MAX = 1e-3, 0.1
 
 
@@ -40,12 +46,13 @@ def init_module(module: nn.Module, config: HybridConfig) -> None:
     if isinstance(module, SRTE) and module.kind == "sincos":
         init.constant_(module.scale, 0.1)
     if isinstance(module, GateLowRank):
-        init.normal_(module.D.weight, mean=0.0, std=std / 10)
+        init.normal_(module.U.weight, mean=0.0, std=1 / math.sqrt(config.hidden_size))
     if isinstance(module, MambaBlock):
         _init_mamba(module)
-    for name, child in module.named_children():
-        if name in _INTO_RESIDUAL:
-            init.normal_(child.weight, mean=0.0, std=std / math.sqrt(2 * config.num_hidden_layers))
+    inner = dict(module.named_modules())
+    for name in _INTO_RESIDUAL.get(type(module), ()):
+        if name in inner:
+            init.normal_(inner[name].weight, mean=0.0, std=std / math.sqrt(2 * config.num_hidden_layers))
 
 
 def _init_mamba(module: MambaBlock) -> None:

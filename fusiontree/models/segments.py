@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Segments:
     pads: Tensor | None = None  # (B,) padding tokens at the row's begin, None: none
     starts: Tensor | None = None  # (B, L) bool: a document begins here and what lies before must not be seen
     reach: Tensor | None = None  # (B, L) keys back that a token sees, itself included; None: all
-    masks: dict[tuple, Tensor] = field(default_factory=dict)  # attention masks, shared by layers with the same window
+    masks: dict[tuple, Any] = field(default_factory=dict)  # attention masks, shared by layers with the same window
 
 
 @dataclass

@@ -4,19 +4,29 @@ Keys come as one run: the cached ones first, then one per query. Query i of L si
 `reach` (B, L), when given, is how many keys back a query may see, itself included: its index in its own document + 1.
 It carries document boundaries and left padding alike. Without it every earlier key is visible.
 
+Windows run in blocks (products on a CPU, SDPA elsewhere); `FUSIONTREE_ATTENTION=flex` takes FlexAttention instead.
+
 Shapes: B batch, H query heads, K key/value heads (H a multiple of K), L queries, S keys, P head size, W window.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MaskMemo = dict[tuple, Tensor]
+from fusiontree.errors import ConfigError
+from fusiontree.ops.flex import flex_window
+
+_BACKEND = os.environ.get("FUSIONTREE_ATTENTION", "blocks")
+if _BACKEND not in ("blocks", "flex"):
+    raise ConfigError(f"FUSIONTREE_ATTENTION={_BACKEND!r}: must be blocks or flex")
+MaskMemo = dict[tuple, Any]
 _BLOCK_BUDGET = 1 << 22  # mask elements per batch row that one call may build for heads that see everything
 
 
@@ -40,6 +50,8 @@ def attention(
     if window is not None and window < keys:
         if length == 1:
             k, v = k[:, :, -window:], v[:, :, -window:]
+        elif _BACKEND == "flex":
+            return flex_window(q, k, v, window, reach, masks)
         else:
             return _windowed(q, k, v, window, reach, masks)
     if reach is None and length == 1:
@@ -75,7 +87,7 @@ def _visible(length: int, keys: int, window: int | None, reach: Tensor | None, d
 
 def _remembered(masks: MaskMemo, key: tuple, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
     """The mask as an addend in the queries' dtype, the form every SDPA backend takes."""
-    mask = masks.get((*key, dtype))
+    mask: Tensor | None = masks.get((*key, dtype))
     if mask is None:
         visible = build()
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
