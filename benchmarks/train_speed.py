@@ -13,16 +13,19 @@ from torch import Tensor
 
 from benchmarks.contestants import NAMES, Sizes, as_settings, build, sizes_from
 from benchmarks.machine import arguments, describe, set_threads, write_result
+from fusiontree import HybridLanguageModel
 
 
 def training_step(model: Any) -> Callable[[Tensor], None]:
-    """One optimiser step on a batch of ids (B, L), the way a plain PyTorch loop does it."""
+    """One optimiser step on a batch of ids (B, L), the way a plain PyTorch loop does it; ours, as its engine does,
+    takes the loss without the logits."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
+    extra = {"skip_logits": True} if isinstance(model, HybridLanguageModel) else {}
 
     def step(ids: Tensor) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **extra).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
