@@ -34,6 +34,7 @@ OPTIONAL = [
     "tensorboard",
     "wandb",
     "datasets",
+    "pyarrow",
     "fla",
     "triton",
     "deepspeed",

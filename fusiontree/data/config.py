@@ -23,7 +23,7 @@ class SourceConfig(StrictModel):
     mode: Literal["lazy", "static"] = "lazy"
     """lazy: read and tokenised on first use, then kept in the cache folder; static: tokens made by `prepare_static`."""
     text_field: str = Field("text", min_length=1)
-    """JSONL only: the key that holds the document."""
+    """JSONL: the key that holds the document; Parquet: the column."""
     separator: str | None = Field(None, min_length=1)
     """Text files only: string between two documents (a CRLF counts as a newline); none: one document per file."""
     min_length: int = Field(1, ge=1)

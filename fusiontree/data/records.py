@@ -85,7 +85,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A usable document and where it came from: file, first line (from 1), byte offset and size in the file."""
+    """A usable document and where it came from: file, first line (from 1), byte offset and size in the unpacked file.
+
+    In a Parquet file line and offset are both the row (from 1).
+    """
 
     text: str
     path: str

@@ -9,25 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fusiontree.data.config import SourceConfig
-from fusiontree.data.records import (
-    LINE_END,
-    BadRecords,
-    Document,
-    RecordError,
-    Section,
-    parse_jsonl,
-    parse_text,
-    read_sections,
-    separator_pattern,
-)
+from fusiontree.data.formats import format_of, open_sections, parse
+from fusiontree.data.records import BadRecords, Document, RecordError, Section
 from fusiontree.errors import ConfigError, DataError
 
 STDLIB = "stdlib"
-JSONL = {".jsonl", ".ndjson"}
-UNREADABLE = {
-    ".json", ".parquet", ".arrow", ".csv", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".7z", ".pdf", ".docx", ".bin",
-    ".npy", ".npz", ".pt", ".safetensors", ".pkl", ".pyc", ".so", ".exe", ".png", ".jpg",
-}  # fmt: skip
 NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -64,8 +50,7 @@ def expand(source: SourceConfig) -> list[Path]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path}: not an ordinary file")
-    if path.suffix.lower() in UNREADABLE:
-        raise DataError(f"{path}: {path.suffix} is not read here; allowed: .jsonl, .ndjson, .txt and source code")
+    format_of(path)
 
 
 def read_source(
@@ -73,14 +58,13 @@ def read_source(
 ) -> Iterator[Document]:
     """Yield the usable documents of a lazy source in order, and count the others in `bad`.
 
-    `advance` is told the bytes read. Raises DataError at the end when too much was bad.
+    `advance` is told the bytes read of the files on disk. Raises DataError at the end when too much was bad.
     """
     if source.mode == "static":
         raise ConfigError(f"{source.path}: a static source holds tokens, not text; name the text files")
     for path in expand(source):
         before = bad.documents
-        for section in _sections(path, source):
-            advance(section.size)
+        for section in open_sections(path, source, advance):
             document = _document(path, section, source, bad)
             if document is not None:
                 bad.documents += 1
@@ -102,28 +86,16 @@ def read_texts(sources: Sequence[SourceConfig], max_bytes: int | None = None) ->
                     break
 
 
-def _sections(path: Path, source: SourceConfig) -> Iterator[Section]:
-    separator = separator_pattern(source.separator) if source.separator else None
-    if path.suffix.lower() in JSONL:
-        separator = LINE_END
-    try:
-        with path.open("rb") as handle:
-            yield from read_sections(handle, separator, source.max_document_bytes)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> Document | None:
-    jsonl = path.suffix.lower() in JSONL
-    if section.data is None:
+    if section.size > source.max_document_bytes:
         reason = f"{section.size} bytes, longer than max_document_bytes {source.max_document_bytes}"
         bad.add(str(path), section.line, reason)
         return None
-    if not section.data.strip():
+    if section.data is not None and not section.data.strip():
         bad.short += 1
         return None
     try:
-        text = parse_jsonl(section, source.text_field) if jsonl else parse_text(section)
+        text = parse(format_of(path), section, source.text_field)
     except RecordError as error:
         bad.add(str(path), section.line, str(error))
         return None

@@ -49,7 +49,9 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path: Path) -> None:
         (lambda folder: str(folder / "no.jsonl"), "no such file"),
         (lambda folder: str(folder / "*.jsonl"), "nothing matches"),
         (lambda folder: str(folder), "is a folder: give a glob"),
-        (lambda folder: _file(folder / "a.parquet"), r"\.parquet is not read here"),
+        (lambda folder: _file(folder / "a.csv"), r"\.csv is not read here"),
+        (lambda folder: _file(folder / "a.tar.gz"), r"\.tar\.gz is not read here"),
+        (lambda folder: _file(folder / "a.parquet.zst"), r"\.parquet\.zst is not read here"),
     ],
 )
 def test_paths_that_cannot_be_read_are_named(tmp_path: Path, make, message: str) -> None:
