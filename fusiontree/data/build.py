@@ -1,13 +1,23 @@
-"""Builds a loader: opens the sources of a split, divides them, checks the sizes."""
+"""Builds a loader: opens the sources of a split, divides them, adds what is synthetic, checks the sizes."""
 
 from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import DataConfig, SourceConfig
-from fusiontree.data.loader import Loader, Shape
+from fusiontree.data.loader import VALIDATION_ORDER, Facts, Loader, Shape
 from fusiontree.data.prepare import open_source
-from fusiontree.data.splits import Split, all_pieces, hold_out
+from fusiontree.data.records import BadRecords
+from fusiontree.data.rows import PackedRows, Reader, SingleRows, StoredRows
+from fusiontree.data.shuffle import make_key
+from fusiontree.data.splits import Pieces, Split, all_pieces, hold_out
+from fusiontree.data.store import TokenStore
+from fusiontree.data.synthetic import RealText, SyntheticRows
+from fusiontree.data.tokenizer import plain_encoder
 from fusiontree.errors import ConfigError, DataError
 
 
@@ -28,9 +38,54 @@ def build_loader(
         all_pieces(store) if fraction is None else hold_out(store, fraction, split, source.path)
         for source, store in zip(sources, stores, strict=True)
     ]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen_seed = seed if data_config.seed is None else data_config.seed
-    return Loader(stores, pieces, data_config, split, shape, pad=pad, seed=chosen_seed)
+    order = chosen_seed if split == "train" else VALIDATION_ORDER
+    kind = PackedRows if data_config.packing else SingleRows
+    real = [
+        StoredRows(store, kind(piece, sequence_length, make_key(order, number)))
+        for number, (store, piece) in enumerate(zip(stores, pieces, strict=True))
+    ]
+    weights = [source.weight for source in sources if source.weight is not None] if split == "train" else []
+    facts = _facts(stores, pieces, weights, data_config, split)
+    readers: list[Reader] = [*real]
+    if split == "train" and data_config.synthetic is not None:
+        readers.append(_synthetic(real, data_config, tokenizer, sequence_length, make_key(order, len(real))))
+        share = data_config.synthetic.probability
+        weights = [*(weight / sum(weights) * (1 - share) for weight in weights), share] if weights else []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Loader(readers, weights or None, data_config, split, shape, facts, pad=pad, seed=chosen_seed)
+
+
+def _synthetic(
+    real: list[StoredRows], config: DataConfig, tokenizer: PreTrainedTokenizerFast, length: int, key: int
+) -> SyntheticRows:
+    """As many rows that they are the wanted share of all."""
+    assert config.synthetic is not None
+    core, share = plain_encoder(tokenizer), config.synthetic.probability
+    count = max(1, round(sum(reader.count for reader in real) * share / (1 - share)))
+    eos = tokenizer.eos_token_id
+    return SyntheticRows(
+        config.synthetic.tasks, count, length, key, packing=config.packing, eos=eos,
+        encode=lambda text: list(core.encode(text, add_special_tokens=False).ids),
+        haystack=RealText(real, lambda ids: core.decode(ids, skip_special_tokens=False), eos),
+    )  # fmt: skip
+
+
+def _facts(
+    stores: list[TokenStore], pieces: list[Pieces], weights: Sequence[float], config: DataConfig, split: Split
+) -> Facts:
+    """The fingerprint is over what the sources say of themselves, the weights, the held-out part and the synthetic."""
+    named: list[object] = [[store.fingerprint for store in stores], weights]
+    if split == "train" and config.synthetic is not None:
+        named.append(config.synthetic.model_dump())
+    digest = hashlib.sha256(json.dumps(named).encode())
+    for piece in pieces:
+        digest.update(piece.begins.tobytes())
+        digest.update(piece.lengths.tobytes())
+    bad = BadRecords()
+    for store in stores:
+        bad.merge(store.bad_records)
+    return Facts(digest.hexdigest(), sum(int(piece.lengths.sum()) for piece in pieces), bad)
 
 
 def _sources(config: DataConfig, split: Split) -> tuple[list[SourceConfig], float | None]:

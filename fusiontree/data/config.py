@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TaskName = Literal["needle", "recall", "copy", "reverse", "sort", "add"]
 
 
 class StrictModel(BaseModel):
@@ -44,6 +46,15 @@ class SourceConfig(StrictModel):
         return self
 
 
+class SyntheticConfig(StrictModel):
+    """Made-up documents between the real ones, which train looking back over long distances. Training only."""
+
+    probability: float = Field(gt=0, lt=1)
+    """Share of synthetic rows among all rows; they come in addition, so every real document still comes as it would."""
+    tasks: list[TaskName] = Field(list(get_args(TaskName)), min_length=1)
+    """What is drawn from, all alike (named twice: twice as often); an example of each is in synthetic.py."""
+
+
 class TokenizerConfig(StrictModel):
     """Which tokenizer: an existing one by `path`, or one trained on the run's own text."""
 
@@ -72,6 +83,8 @@ class DataConfig(StrictModel):
     """Part of each training source held out when there are no validation sources: whole documents, chosen by hash."""
     packing: bool = True
     """True: full rows of several documents; false: one document per row, rows of similar length batched, padded."""
+    synthetic: SyntheticConfig | None = None
+    """Needles and small structured tasks mixed into training; none: real text only."""
     seed: int | None = Field(None, ge=0)
     """Order of documents and rows; none: the seed of the run."""
     num_workers: int = Field(0, ge=0)

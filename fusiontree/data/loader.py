@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +12,9 @@ from fusiontree.data.batch import FILLER, Batch, collate
 from fusiontree.data.config import DataConfig
 from fusiontree.data.mixture import Mixture
 from fusiontree.data.records import BadRecords
-from fusiontree.data.rows import PackedRows, SingleRows
+from fusiontree.data.rows import Reader
 from fusiontree.data.shuffle import make_key
-from fusiontree.data.splits import Pieces, Split
-from fusiontree.data.store import TokenStore
+from fusiontree.data.splits import Split
 from fusiontree.errors import ConfigError, DataError
 
 STATE_VERSION = 1
@@ -43,6 +40,15 @@ class Shape:
             raise ConfigError(f"rank {self.rank}: must be below world_size {self.world_size}")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the sources: a hash of all that decides the rows, the tokens in them, what was left out."""
+
+    fingerprint: str
+    tokens: int
+    bad_records: BadRecords
+
+
 class Loader:
     """Batches of one split, by global sample index.
 
@@ -54,29 +60,22 @@ class Loader:
     """
 
     def __init__(
-        self, stores: list[TokenStore], pieces: list[Pieces], config: DataConfig, split: Split, shape: Shape, *,
-        pad: int, seed: int,
+        self, readers: Sequence[Reader], weights: Sequence[float] | None, config: DataConfig, split: Split,
+        shape: Shape, facts: Facts, *, pad: int, seed: int,
     ) -> None:  # fmt: skip
-        self._stores, self._shape, self._packing, self._pad = stores, shape, config.packing, pad
+        self._readers, self._shape, self._packing, self._pad = readers, shape, config.packing, pad
         self._workers, self._split, self._seed = config.num_workers, split, seed
         self._endless = split == "train"
-        weights = [source.weight for source in config.train if source.weight is not None] if self._endless else []
         order = seed if self._endless else VALIDATION_ORDER
-        kind = PackedRows if config.packing else SingleRows
-        self._rows = [
-            kind(piece, shape.sequence_length, make_key(order, number)) for number, piece in enumerate(pieces)
-        ]
-        self._mixture = Mixture(self._rows, weights or None, make_key(order), bucketed=not config.packing)
+        self._mixture = Mixture(readers, weights, make_key(order), bucketed=not config.packing)
         self.samples_per_epoch = self._mixture.size
         """Rows until every one has come once (with weights: as many)."""
-        self.tokens_per_epoch = sum(int(piece.lengths.sum()) for piece in pieces)
+        self.tokens_per_epoch = facts.tokens
         """Tokens of all sources, each document counted once."""
-        self.bad_records = BadRecords()
+        self.bad_records = facts.bad_records
         """What was left out when the sources were read."""
-        for store in stores:
-            self.bad_records.merge(store.bad_records)
-        self.fingerprint = _fingerprint(stores, pieces, weights)
-        """Changes when the text, the tokenizer, the held-out part or the weights change."""
+        self.fingerprint = facts.fingerprint
+        """Changes when the text, the tokenizer, the held-out part, the weights or what is synthetic change."""
         self._position = 0
         self._check_size()
 
@@ -119,9 +118,7 @@ class Loader:
     def origins(self, sample: int) -> list[str]:
         """`file:line` of each document in a sample, to find the text behind a loss spike."""
         place = self._mixture.place(sample)
-        store = self._stores[place.source]
-        begins = [begin for begin, _ in self._rows[place.source].spans(place.row, place.turn)]
-        return [store.locate(int(store.offsets.searchsorted(begin, side="right")) - 1) for begin in begins]
+        return self._readers[place.source].origins(place.row, place.turn)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain JSON values."""
@@ -153,8 +150,7 @@ class Loader:
 
     def _tokens(self, sample: int) -> list[Any]:
         place = self._mixture.place(sample)
-        store = self._stores[place.source]
-        return [store.read(begin, end) for begin, end in self._rows[place.source].spans(place.row, place.turn)]
+        return self._readers[place.source].read(place.row, place.turn)
 
     def _check_size(self) -> None:
         if self._endless and self.samples_per_epoch < self._global_batch:
@@ -192,14 +188,6 @@ class _Ahead:
             begin: self._pending.get(begin) or self._pool.submit(self._loader.batch_at, begin) for begin in wanted
         }
         return self._pending.pop(position).result()
-
-
-def _fingerprint(stores: list[TokenStore], pieces: list[Pieces], weights: list[float]) -> str:
-    digest = hashlib.sha256(json.dumps([[store.fingerprint for store in stores], weights]).encode())
-    for piece in pieces:
-        digest.update(piece.begins.tobytes())
-        digest.update(piece.lengths.tobytes())
-    return digest.hexdigest()
 
 
 def _said(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusiontree.data.rows import Rows
+from fusiontree.data.rows import Reader
 from fusiontree.data.shuffle import Numbers, make_key, permute
 
 POOL, BLOCK = 4096, 64
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 class Mixture:
     """Rows of several sources in one endless order that `key` names; bucketed: neighbours have similar lengths."""
 
-    def __init__(self, sources: Sequence[Rows], weights: Sequence[float] | None, key: int, bucketed: bool) -> None:
+    def __init__(self, sources: Sequence[Reader], weights: Sequence[float] | None, key: int, bucketed: bool) -> None:
         self._sources, self._key, self._bucketed = sources, key, bucketed
         self._counts = np.array(_shares([rows.count for rows in sources], weights))
         self._ends = np.cumsum(self._counts)

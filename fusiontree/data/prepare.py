@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import SourceConfig
@@ -25,7 +24,7 @@ from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import BadRecords, Document
 from fusiontree.data.sources import expand, read_source
 from fusiontree.data.store import VERSION, StoreWriter, TokenStore
-from fusiontree.data.tokenizer import tokenizer_hash
+from fusiontree.data.tokenizer import plain_encoder, tokenizer_hash
 from fusiontree.errors import ConfigError, DataError
 
 BATCH_BYTES = 2 << 20
@@ -112,10 +111,7 @@ def _tokenise(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Document, list[int]]]:
     """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
-    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    core.no_padding()
-    core.no_truncation()
-    core.encode_special_tokens = True
+    core = plain_encoder(tokenizer)
     for batch in _batches(documents):
         encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encoded, strict=True):

@@ -12,12 +12,29 @@ import numpy as np
 
 from fusiontree.data.shuffle import Numbers, make_key, permute
 from fusiontree.data.splits import Pieces
+from fusiontree.data.store import Tokens, TokenStore
 
 Spans = list[tuple[int, int]]
 
 
+class Reader(Protocol):
+    """What the loader asks of a source, whatever it is made of."""
+
+    count: int
+    """Rows in a pass."""
+
+    def read(self, row: int, turn: int) -> list[Tokens]:
+        """The documents that fill `row` of pass `turn`."""
+
+    def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
+        """Tokens in each of the rows, `turns` naming the pass of each."""
+
+    def origins(self, row: int, turn: int) -> list[str]:
+        """Where each of the row's documents came from."""
+
+
 class Rows(Protocol):
-    """The rows of one source."""
+    """A way to cut one source into rows."""
 
     count: int
 
@@ -26,6 +43,27 @@ class Rows(Protocol):
 
     def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
         """Tokens in each of the rows, `turns` naming the pass of each."""
+
+
+class StoredRows:
+    """Rows of a token store: the cutting and the tokens together."""
+
+    def __init__(self, store: TokenStore, rows: Rows) -> None:
+        self._store, self._rows, self.count = store, rows, rows.count
+
+    def read(self, row: int, turn: int) -> list[Tokens]:
+        """The documents, or parts of documents, that fill a row."""
+        return [self._store.read(begin, end) for begin, end in self._rows.spans(row, turn)]
+
+    def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
+        """Tokens in each of the rows."""
+        return self._rows.lengths(rows, turns)
+
+    def origins(self, row: int, turn: int) -> list[str]:
+        """`file:line` of each document in a row."""
+        begins = [begin for begin, _ in self._rows.spans(row, turn)]
+        offsets = self._store.offsets
+        return [self._store.locate(int(offsets.searchsorted(begin, side="right")) - 1) for begin in begins]
 
 
 class PackedRows:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 ROUNDS = 6
+MASK = (1 << 64) - 1
 
 
 def make_key(*numbers: int) -> int:
@@ -48,3 +49,22 @@ def _mix(words: Words) -> Words:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+class Draw:
+    """Numbers drawn one after the other from a key (splitmix64); the same on every machine and in every version."""
+
+    def __init__(self, key: int) -> None:
+        self._state = key & MASK
+
+    def next(self) -> int:
+        """64 random bits."""
+        self._state = (self._state + 0x9E3779B97F4A7C15) & MASK
+        word = self._state
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+        return word ^ (word >> 31)
+
+    def below(self, bound: int) -> int:
+        """A number in [0, bound), all alike (to 2^-64 × bound)."""
+        return (self.next() * bound) >> 64

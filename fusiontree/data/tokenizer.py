@@ -124,6 +124,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(f"{core.to_str()}\0{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
+def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """What turns text into ids here: no padding, no truncation, and the name of a special token is text."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_padding()
+    core.no_truncation()
+    core.encode_special_tokens = True
+    return core
+
+
 def _core(model: models.Model) -> Tokenizer:
     core = Tokenizer(model)
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

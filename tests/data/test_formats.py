@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import zstandard
 from pyarrow import parquet
 
 from fusiontree.data import BadRecords, SourceConfig, open_source
@@ -19,7 +18,10 @@ from fusiontree.errors import DataError
 
 TEXTS = [f"document {index} é中 " + "words " * (index % 9) for index in range(300)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
 
 
 def read(path: Path, **settings: object) -> tuple[list[str], BadRecords]:
