@@ -3,6 +3,7 @@
 from fusiontree.data.batch import Batch
 from fusiontree.data.build import build_loader
 from fusiontree.data.config import DataConfig, SourceConfig, StrictModel, TokenizerConfig
+from fusiontree.data.curriculum import Preset, Stage, plan_stages, stage_at
 from fusiontree.data.loader import Loader
 from fusiontree.data.prepare import open_source, prepare_static
 from fusiontree.data.records import BadRecords
@@ -22,7 +23,9 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Loader",
+    "Preset",
     "SourceConfig",
+    "Stage",
     "StrictModel",
     "TokenStore",
     "TokenizerConfig",
@@ -31,9 +34,11 @@ __all__ = [
     "check_vocabulary",
     "load_tokenizer",
     "open_source",
+    "plan_stages",
     "prepare_static",
     "read_texts",
     "resolve_tokenizer",
+    "stage_at",
     "stdlib_corpus",
     "tokenizer_hash",
     "train_tokenizer",

@@ -23,15 +23,19 @@ from fusiontree.errors import ConfigError, DataError
 
 def build_loader(
     data_config: DataConfig, tokenizer: PreTrainedTokenizerFast, split: Split, sequence_length: int, batch_size: int,
-    seed: int = 0, rank: int = 0, world_size: int = 1,
+    seed: int = 0, rank: int = 0, world_size: int = 1, longest: int | None = None,
 ) -> Loader:  # fmt: skip
     """Loader of a split; text that has not been seen before is tokenised first, with progress.
 
+    `longest`: the largest length that `Loader.resize` will ask for; none: `sequence_length`.
     `data_config.seed`, when given, takes the place of `seed`. Raises DataError for unusable data, ConfigError for
     impossible sizes.
     """
     shape = Shape(sequence_length, batch_size, rank, world_size)
     shape.check()
+    length = longest or sequence_length
+    if length % sequence_length or (length > sequence_length and not data_config.packing):
+        raise ConfigError(f"sequence_length {sequence_length}: must divide {length}, and needs packing")
     sources, fraction = _sources(data_config, split)
     stores = [open_source(source, tokenizer, data_config.cache_dir) for source in sources]
     pieces = [
@@ -42,18 +46,18 @@ def build_loader(
     order = chosen_seed if split == "train" else VALIDATION_ORDER
     kind = PackedRows if data_config.packing else SingleRows
     real = [
-        StoredRows(store, kind(piece, sequence_length, make_key(order, number)))
+        StoredRows(store, kind(piece, length, make_key(order, number)))
         for number, (store, piece) in enumerate(zip(stores, pieces, strict=True))
     ]
     weights = [source.weight for source in sources if source.weight is not None] if split == "train" else []
     facts = _facts(stores, pieces, weights, data_config, split)
     readers: list[Reader] = [*real]
     if split == "train" and data_config.synthetic is not None:
-        readers.append(_synthetic(real, data_config, tokenizer, sequence_length, make_key(order, len(real))))
+        readers.append(_synthetic(real, data_config, tokenizer, length, make_key(order, len(real))))
         share = data_config.synthetic.probability
         weights = [*(weight / sum(weights) * (1 - share) for weight in weights), share] if weights else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Loader(readers, weights or None, data_config, split, shape, facts, pad=pad, seed=chosen_seed)
+    return Loader(readers, weights or None, data_config, split, shape, length, facts, pad=pad, seed=chosen_seed)
 
 
 def _synthetic(

@@ -1,18 +1,21 @@
-"""Loader: batches by global sample index, so that the data position is one number and resume is exact."""
+"""Loader: batches by global sample index, so that the data position is one number and resume is exact.
+
+The endless stream is made of blocks of `block_length` tokens. Rows are blocks, or, in the early stages of a length
+curriculum, equal parts of blocks: sample i of length L is tokens [i L, (i + 1) L) of the stream, whatever came before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusiontree.data.ahead import prepared_by
 from fusiontree.data.batch import FILLER, Batch, collate
 from fusiontree.data.config import DataConfig
-from fusiontree.data.mixture import Mixture
+from fusiontree.data.mixture import Mixture, Place
 from fusiontree.data.records import BadRecords
-from fusiontree.data.rows import Reader
+from fusiontree.data.rows import Part, Reader
 from fusiontree.data.shuffle import make_key
 from fusiontree.data.splits import Split
 from fusiontree.errors import ConfigError, DataError
@@ -39,6 +42,11 @@ class Shape:
         if self.rank >= self.world_size:
             raise ConfigError(f"rank {self.rank}: must be below world_size {self.world_size}")
 
+    @property
+    def global_batch(self) -> int:
+        """Rows of all ranks."""
+        return self.batch_size * self.world_size
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -61,15 +69,13 @@ class Loader:
 
     def __init__(
         self, readers: Sequence[Reader], weights: Sequence[float] | None, config: DataConfig, split: Split,
-        shape: Shape, facts: Facts, *, pad: int, seed: int,
+        shape: Shape, block_length: int, facts: Facts, *, pad: int, seed: int,
     ) -> None:  # fmt: skip
         self._readers, self._shape, self._packing, self._pad = readers, shape, config.packing, pad
-        self._workers, self._split, self._seed = config.num_workers, split, seed
+        self._workers, self._split, self._seed, self._block = config.num_workers, split, seed, block_length
         self._endless = split == "train"
         order = seed if self._endless else VALIDATION_ORDER
         self._mixture = Mixture(readers, weights, make_key(order), bucketed=not config.packing)
-        self.samples_per_epoch = self._mixture.size
-        """Rows until every one has come once (with weights: as many)."""
         self.tokens_per_epoch = facts.tokens
         """Tokens of all sources, each document counted once."""
         self.bad_records = facts.bad_records
@@ -84,21 +90,39 @@ class Loader:
         """Global sample index of the next batch."""
         return self._position
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Rows until every one has come once (with weights: as many)."""
+        return self._mixture.size * (self._block // self._shape.sequence_length)
+
+    def resize(self, sequence_length: int, batch_size: int) -> None:
+        """Go on with rows of another length, a divisor of the block length, at the same token of the stream.
+
+        Raises ConfigError for a length that does not divide, DataError when no row of it would begin there.
+        """
+        shape = Shape(sequence_length, batch_size, self._shape.rank, self._shape.world_size)
+        shape.check()
+        if self._block % sequence_length or not self._packing:
+            raise ConfigError(f"sequence_length {sequence_length}: must divide {self._block}, and needs packing")
+        position = self._converted(self._position, self._shape.sequence_length, sequence_length)
+        self._shape, self._position = shape, position
+        self._check_size()
+
     def __iter__(self) -> Iterator[Batch]:
         if not self._endless:
             self._position = 0
-        with self._fetcher() as fetch:
+        with prepared_by(self._workers, self._batch) as fetch:
             while self._endless or self._position < self.samples_per_epoch:
-                position = self._position
-                batch = fetch(position)
-                self._position = position + self._global_batch
+                position, shape = self._position, self._shape
+                batch = fetch(self._next_requests(position, shape))
+                self._position = position + shape.global_batch
                 yield batch
 
     def __len__(self) -> int:
         """Batches of a validation pass; an endless loader has no length (TypeError)."""
         if self._endless:
             raise TypeError("a training loader never ends; see samples_per_epoch")
-        return -(-self.samples_per_epoch // self._global_batch)
+        return -(-self.samples_per_epoch // self._shape.global_batch)
 
     def batch_at(self, position: int) -> Batch:
         """This rank's batch of the step that begins at a global sample index.
@@ -106,31 +130,31 @@ class Loader:
         A validation pass ends with a smaller batch, equally large on every rank; a rank for which no sample is left
         gets rows of padding whose sample id is -1.
         """
-        rows = self._shape.batch_size
-        if not self._endless:
-            rows = min(rows, -(-(self.samples_per_epoch - position) // self._shape.world_size))
-        first = position + self._shape.rank * rows
-        known = range(first, first + rows) if self._endless else range(first, min(first + rows, self.samples_per_epoch))
-        samples = [*known] + [FILLER] * (rows - len(known))
-        spans = [self._tokens(sample) if sample != FILLER else [] for sample in samples]
-        return collate(spans, samples, self._shape.sequence_length, self._pad, self._packing)
+        return self._batch((position, self._shape))
 
     def origins(self, sample: int) -> list[str]:
         """`file:line` of each document in a sample, to find the text behind a loss spike."""
-        place = self._mixture.place(sample)
-        return self._readers[place.source].origins(place.row, place.turn)
+        place, part = self._place(sample, self._shape.sequence_length)
+        return self._readers[place.source].origins(place.row, place.turn, part)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as plain JSON values."""
-        return {"version": STATE_VERSION, "position": self._position, **self._identity()}
+        return {
+            "version": STATE_VERSION,
+            "position": self._position,
+            "row_length": self._shape.sequence_length,
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], allow_changed_data: bool = False) -> None:
         """Go on where another loader stood. Raises DataError when the next batch would be another than the one due.
 
         `allow_changed_data` takes over the position although the text, the order or the cutting is another.
         """
-        position = state.get("position")
-        if state.get("version") != STATE_VERSION or type(position) is not int or position < 0:
+        position: Any = state.get("position")
+        length: Any = state.get("row_length", state.get("sequence_length"))
+        whole = isinstance(position, int) and isinstance(length, int) and bool not in (type(position), type(length))
+        if state.get("version") != STATE_VERSION or not whole or position < 0 or length < 1:
             raise DataError(f"data position: not a loader state of version {STATE_VERSION} with a position from 0")
         for name, now in self._identity().items():
             if state.get(name) != now and not allow_changed_data:
@@ -138,56 +162,53 @@ class Loader:
                     f"data position: {_said(name)} was {state.get(name)} when it was saved and is {now} now; "
                     "start a new run, or undo the change"
                 )
+        if state.get("sequence_length") == self._block:
+            position = self._converted(position, length, self._shape.sequence_length)
         self._position = position
 
     def _identity(self) -> dict[str, Any]:
-        values = (self._split, self._shape.sequence_length, self._packing, self._seed, self.fingerprint)
+        values = (self._split, self._block, self._packing, self._seed, self.fingerprint)
         return dict(zip(FOLLOWED, values, strict=True))
 
-    @property
-    def _global_batch(self) -> int:
-        return self._shape.batch_size * self._shape.world_size
+    def _converted(self, position: int, old: int, new: int) -> int:
+        converted, rest = divmod(position * old, new)
+        if rest:
+            raise DataError(f"data position: token {position * old} is not the beginning of a row of {new}")
+        return converted
 
-    def _tokens(self, sample: int) -> list[Any]:
-        place = self._mixture.place(sample)
-        return self._readers[place.source].read(place.row, place.turn)
+    def _next_requests(self, position: int, shape: Shape) -> list[tuple[int, Shape]]:
+        """The step at `position` and those that may be prepared meanwhile."""
+        end = position + shape.global_batch * (2 * self._workers + 1)
+        end = end if self._endless else min(end, self.samples_per_epoch)
+        return [(begin, shape) for begin in range(position, end, shape.global_batch)]
+
+    def _batch(self, request: tuple[int, Shape]) -> Batch:
+        position, shape = request
+        rows, end = shape.batch_size, None if self._endless else self.samples_per_epoch
+        if end is not None:
+            rows = min(rows, -(-(end - position) // shape.world_size))
+        first = position + shape.rank * rows
+        samples = [sample if end is None or sample < end else FILLER for sample in range(first, first + rows)]
+        documents = [self._tokens(sample, shape.sequence_length) if sample != FILLER else [] for sample in samples]
+        return collate(documents, samples, shape.sequence_length, self._pad, self._packing)
+
+    def _tokens(self, sample: int, length: int) -> list[Any]:
+        place, part = self._place(sample, length)
+        return self._readers[place.source].read(place.row, place.turn, part)
+
+    def _place(self, sample: int, length: int) -> tuple[Place, Part]:
+        parts = self._block // length
+        block, number = divmod(sample, parts)
+        return self._mixture.place(block), Part(number, parts)
 
     def _check_size(self) -> None:
-        if self._endless and self.samples_per_epoch < self._global_batch:
+        shape = self._shape
+        if self._endless and self.samples_per_epoch < shape.global_batch:
             raise DataError(
                 f"data.train: {self.tokens_per_epoch} tokens make {self.samples_per_epoch} rows of up to "
-                f"{self._shape.sequence_length}, fewer than one step needs (batch size {self._shape.batch_size} × "
-                f"{self._shape.world_size} processes); give more text, a smaller batch or shorter rows"
+                f"{shape.sequence_length}, fewer than one step needs (batch size {shape.batch_size} × "
+                f"{shape.world_size} processes); give more text, a smaller batch or shorter rows"
             )
-
-    @contextmanager
-    def _fetcher(self) -> Iterator[Callable[[int], Batch]]:
-        if self._workers == 0:
-            yield self.batch_at
-            return
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="fusiontree-data") as pool:
-            try:
-                yield _Ahead(self, pool, 2 * self._workers)
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-class _Ahead:
-    """Fetches a batch and has the following ones prepared; a jump of the position drops what was prepared."""
-
-    def __init__(self, loader: Loader, pool: ThreadPoolExecutor, depth: int) -> None:
-        self._loader, self._pool, self._depth = loader, pool, depth
-        self._pending: dict[int, Future[Batch]] = {}
-
-    def __call__(self, position: int) -> Batch:
-        step = self._loader._global_batch
-        wanted = range(position, position + step * (self._depth + 1), step)
-        if not self._loader._endless:
-            wanted = range(position, min(wanted.stop, self._loader.samples_per_epoch), step)
-        self._pending = {
-            begin: self._pending.get(begin) or self._pool.submit(self._loader.batch_at, begin) for begin in wanted
-        }
-        return self._pending.pop(position).result()
 
 
 def _said(name: str) -> str:

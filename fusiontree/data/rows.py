@@ -6,7 +6,7 @@ A *pass* is one visit to every document of a source. Both layouts are pure funct
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,20 +17,37 @@ from fusiontree.data.store import Tokens, TokenStore
 Spans = list[tuple[int, int]]
 
 
+class Part(NamedTuple):
+    """Part `number` (from 0) of a row that is cut into `parts` of equal length."""
+
+    number: int
+    parts: int
+
+    def bounds(self, tokens: int) -> tuple[int, int]:
+        """The part's begin and end in a row of so many tokens; where a row is not full, each part is as much shorter.
+
+        The bounds of long parts are bounds of short ones too, so the parts tile the row whatever their lengths.
+        """
+        return tokens * self.number // self.parts, tokens * (self.number + 1) // self.parts
+
+
+WHOLE = Part(0, 1)
+
+
 class Reader(Protocol):
     """What the loader asks of a source, whatever it is made of."""
 
     count: int
     """Rows in a pass."""
 
-    def read(self, row: int, turn: int) -> list[Tokens]:
-        """The documents that fill `row` of pass `turn`."""
+    def read(self, row: int, turn: int, part: Part = WHOLE) -> list[Tokens]:
+        """The documents that fill a part of `row` of pass `turn`."""
 
     def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
         """Tokens in each of the rows, `turns` naming the pass of each."""
 
-    def origins(self, row: int, turn: int) -> list[str]:
-        """Where each of the row's documents came from."""
+    def origins(self, row: int, turn: int, part: Part = WHOLE) -> list[str]:
+        """Where each of the documents came from."""
 
 
 class Rows(Protocol):
@@ -51,19 +68,30 @@ class StoredRows:
     def __init__(self, store: TokenStore, rows: Rows) -> None:
         self._store, self._rows, self.count = store, rows, rows.count
 
-    def read(self, row: int, turn: int) -> list[Tokens]:
-        """The documents, or parts of documents, that fill a row."""
-        return [self._store.read(begin, end) for begin, end in self._rows.spans(row, turn)]
+    def read(self, row: int, turn: int, part: Part = WHOLE) -> list[Tokens]:
+        """The documents, or stretches of documents, that fill a part of a row."""
+        return [self._store.read(begin, end) for begin, end in self._spans(row, turn, part)]
 
     def lengths(self, rows: Numbers, turns: Numbers) -> Numbers:
         """Tokens in each of the rows."""
         return self._rows.lengths(rows, turns)
 
-    def origins(self, row: int, turn: int) -> list[str]:
-        """`file:line` of each document in a row."""
-        begins = [begin for begin, _ in self._rows.spans(row, turn)]
+    def origins(self, row: int, turn: int, part: Part = WHOLE) -> list[str]:
+        """`file:line` of each document in a part of a row."""
         offsets = self._store.offsets
-        return [self._store.locate(int(offsets.searchsorted(begin, side="right")) - 1) for begin in begins]
+        spans = self._spans(row, turn, part)
+        return [self._store.locate(int(offsets.searchsorted(begin, side="right")) - 1) for begin, _ in spans]
+
+    def _spans(self, row: int, turn: int, part: Part) -> Spans:
+        spans = self._rows.spans(row, turn)
+        first, last = part.bounds(sum(end - begin for begin, end in spans))
+        found, before = [], 0
+        for begin, end in spans:
+            low, high = max(begin, begin + first - before), min(end, begin + last - before)
+            if low < high:
+                found.append((low, high))
+            before += end - begin
+        return found
 
 
 class PackedRows:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fusiontree.data.config import TaskName
-from fusiontree.data.rows import StoredRows
+from fusiontree.data.rows import WHOLE, Part, StoredRows
 from fusiontree.data.shuffle import Draw, Numbers, make_key
 from fusiontree.data.store import Tokens
 
@@ -112,13 +112,16 @@ class SyntheticRows:
         self._tasks, self._length, self._key, self._packing = list(names), length, key, packing
         self._encode, self._eos, self._haystack = encode, eos, haystack
 
-    def read(self, row: int, turn: int) -> list[Tokens]:
-        """The documents of a row, each ended by eos, together at most a row long."""
-        draw = self._draw(row, turn)
+    def read(self, row: int, turn: int, part: Part = WHOLE) -> list[Tokens]:
+        """The documents of a part of a row, each ended by eos, together at most so long as the part.
+
+        Each part has documents of its own, so that none is cut whatever the length of the rows.
+        """
+        draw = self._draw(row, turn, *part)
         if not self._packing:
             return [self._document(draw, self._size(draw))]
-        documents, room = [], self._length
-        while room >= min(SMALLEST, self._length):
+        documents, room = [], self._length // part.parts
+        while room >= min(SMALLEST, self._length // part.parts):
             size = min(SMALLEST + draw.below(room), room)
             documents.append(self._document(draw, size))
             room -= len(documents[-1])
@@ -128,15 +131,15 @@ class SyntheticRows:
         """Tokens in each of the rows, give or take a little where there is one document per row."""
         if self._packing:
             return np.full(len(rows), self._length)
-        draws = (self._draw(row, turn) for row, turn in zip(rows.tolist(), turns.tolist(), strict=True))
+        draws = (self._draw(row, turn, *WHOLE) for row, turn in zip(rows.tolist(), turns.tolist(), strict=True))
         return np.array([self._size(draw) for draw in draws], dtype=np.int64)
 
-    def origins(self, row: int, turn: int) -> list[str]:
+    def origins(self, row: int, turn: int, part: Part = WHOLE) -> list[str]:
         """A name for each document."""
-        return [f"synthetic:{row}"] * len(self.read(row, turn))
+        return [f"synthetic:{row}"] * len(self.read(row, turn, part))
 
-    def _draw(self, row: int, turn: int) -> Draw:
-        return Draw(make_key(self._key, turn, row))
+    def _draw(self, row: int, turn: int, number: int, parts: int) -> Draw:
+        return Draw(make_key(self._key, turn, row, number, parts))
 
     def _size(self, draw: Draw) -> int:
         return min(SMALLEST + draw.below(self._length), self._length)

@@ -51,7 +51,7 @@ def model_config(config: RunConfig, tokenizer: Any | None = None) -> HybridConfi
         section["vocab_size"] = max(tokenizer.get_vocab().values()) + 1
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             section[name] = getattr(tokenizer, name)
-    length = config.training.sequence_length
+    length = config.training.longest
     section["max_position_embeddings"] = max(length, HybridConfig.max_position_embeddings)
     section.update(config.model)
     if "vocab_size" not in section:
@@ -66,10 +66,13 @@ def build_model(config: RunConfig, tokenizer: Any | None = None) -> HybridLangua
 
 
 def prepare_model(model: HybridLanguageModel, config: RunConfig, tokenizer: Any) -> None:
-    """Check the vocabulary, keep the weights in fp32, and set what is computed again in the backward pass."""
+    """Check the vocabulary and keep the weights in fp32."""
     model.float()
     check_vocabulary(tokenizer, model.config.vocab_size)
-    mode = config.training.activation_checkpointing
+
+
+def set_checkpointing(model: HybridLanguageModel, mode: str) -> None:
+    """What is computed again in the backward pass from now on: none, branches or block."""
     # The flag itself: the methods that set it were renamed between transformers 5.17 and 5.23.
     model.model.gradient_checkpointing = mode != "none"
     if mode != "none":

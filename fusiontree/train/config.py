@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from fusiontree.data import DataConfig, StrictModel, TokenizerConfig
+from fusiontree.data import DataConfig, Preset, Stage, StrictModel, TokenizerConfig, plan_stages
 from fusiontree.errors import ConfigError
 from fusiontree.models import HybridConfig
 from fusiontree.train.yaml_files import parse_value, read_yaml
@@ -43,6 +43,9 @@ class LossSection(Section):
     """Softens both distributions; the term is multiplied by its square."""
 
 
+LengthAndSteps = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+
+
 class TrainingSection(Section):
     """Steps, sizes, optimizer, schedule, precision, saving and validation."""
 
@@ -54,6 +57,10 @@ class TrainingSection(Section):
     """Rows per forward pass."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes per optimizer step; the loss is averaged by real tokens over all of them."""
+    curriculum: Preset | Annotated[list[LengthAndSteps], Field(min_length=1)] | None = None
+    """Lengths of rows over the run: standard, aggressive or conservative (4K to 64K), or a list of [length, steps], the
+    last length staying to the end. A step keeps its tokens; rows that are longer than a micro-batch has tokens are
+    computed again in the backward pass. Validation stays at `sequence_length`. Null: that length throughout."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices by Muon, everything else by AdamW, one learning rate for both."""
     lr: float = Field(default=3e-4, gt=0)
@@ -100,7 +107,18 @@ class TrainingSection(Section):
     def _fits(self) -> TrainingSection:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        self.stages()
         return self
+
+    def stages(self) -> list[Stage]:
+        """The lengths of the run and how a step is cut at each; one stage where there is no curriculum."""
+        sizes = (self.sequence_length, self.micro_batch_size, self.accumulation_steps)
+        return plan_stages(self.curriculum, self.steps, *sizes)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest rows of the run."""
+        return max(self.sequence_length, *(stage.length for stage in self.stages()))
 
 
 class DataSection(DataConfig):
@@ -171,12 +189,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
         check_model_section(self.model)
-        longest = self.model.get("max_position_embeddings")
-        if longest is not None and self.training.sequence_length > longest:
-            raise ValueError(
-                f"training.sequence_length {self.training.sequence_length} is more than "
-                f"model.max_position_embeddings {longest}"
-            )
+        limit, longest = self.model.get("max_position_embeddings"), self.training.longest
+        if limit is not None and longest > limit:
+            name = "curriculum: its length" if longest > self.training.sequence_length else "sequence_length"
+            raise ValueError(f"training.{name} {longest} is more than model.max_position_embeddings {limit}")
+        if self.training.curriculum is not None and not self.data.packing:
+            raise ValueError("training.curriculum: needs data.packing, where every row has the same number of tokens")
         return self
 
 

@@ -16,9 +16,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from fusiontree.data import Loader, build_loader, resolve_tokenizer
+from fusiontree.data import Loader, build_loader, resolve_tokenizer, stage_at
 from fusiontree.errors import CheckpointError, ConfigError, TrainingError
-from fusiontree.train.build import build_callbacks, build_model, choose_device, prepare_folder, prepare_model
+from fusiontree.train.build import (
+    build_callbacks,
+    build_model,
+    choose_device,
+    prepare_folder,
+    prepare_model,
+    set_checkpointing,
+)
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
 from fusiontree.train.checkpoint import RunLock, step_folder
 from fusiontree.train.config import RunConfig
@@ -77,9 +84,12 @@ class Trainer:
         self.console = Console(config.logging.console)
         self.strategy: Strategy = SingleProcess(choose_device(config.system.device))
         self.tokenizer = resolve_tokenizer(config.data.tokenizer, config.data.train, run_dir / "tokenizer")
+        self.stages = settings.stages()
+        self.stage = stage_at(self.stages, 0)
         self.loader = self._loader("train")
         self.model = model if model is not None else build_model(config, self.tokenizer)
         prepare_model(self.model, config, self.tokenizer)
+        set_checkpointing(self.model, self._checkpointing())
         self.model.train()
         wrapped = self.strategy.wrap(self.model)
         self.forward = torch.compile(wrapped) if settings.compile else wrapped
@@ -111,7 +121,8 @@ class Trainer:
                     self._validate()
                 batches = cast(Iterator[Batch], iter(self.loader))
                 while progress.step < steps and not self.stop.requested:
-                    self._step([next(batches) for _ in range(self.settings.accumulation_steps)])
+                    self._enter_stage()
+                    self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
                     last = progress.step == steps
                     if last or _due(progress.step, self.settings.validation_every):
                         self._validate()
@@ -122,6 +133,21 @@ class Trainer:
         finally:
             self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _enter_stage(self) -> None:
+        """Change to the row length that the curriculum has for the next step, with as many tokens per step."""
+        stage = stage_at(self.stages, self.progress.step)
+        if stage == self.stage:
+            return
+        self.stage = stage
+        self.loader.resize(stage.length, stage.micro_batch_size)
+        set_checkpointing(self.model, self._checkpointing())
+        cut = f"{stage.accumulation_steps} × {stage.micro_batch_size} rows of {stage.length} tokens"
+        self.console.say(f"step {self.progress.step + 1}: {cut} from here")
+
+    def _checkpointing(self) -> str:
+        """The run's own choice; everything where a single row is more than a micro-batch was meant to hold."""
+        return "block" if self.stage.needs_memory else self.settings.activation_checkpointing
 
     def _step(self, batches: list[Batch]) -> None:
         """One optimizer step over some micro-batches; every real token weighs the same, whichever batch it is in."""
@@ -245,6 +271,7 @@ class Trainer:
         if folder is not None:
             self.strategy.load(folder, self.model, self.optimizers)
             self.progress, loader_state = self.store.restore(folder, self.callbacks)
+            self._enter_stage()
             self.loader.load_state_dict(loader_state)
             self.console.say(f"going on from step {self.progress.step} of {self.settings.steps} ({folder})")
         self.store.trim_logs(self.progress.step if folder is not None else -1)
@@ -287,16 +314,18 @@ class Trainer:
         return result
 
     def _loader(self, split: Literal["train", "validation"]) -> Loader:
-        data, settings, strategy = self.config.data, self.settings, self.strategy
+        settings, stage, strategy = self.settings, self.stage, self.strategy
+        learns = split == "train"
         return build_loader(
-            data,
+            self.config.data,
             self.tokenizer,
             split=split,
-            sequence_length=settings.sequence_length,
-            batch_size=settings.micro_batch_size,
+            sequence_length=stage.length if learns else settings.sequence_length,
+            batch_size=stage.micro_batch_size if learns else settings.micro_batch_size,
             seed=self.config.system.seed,
             rank=strategy.rank,
             world_size=strategy.world_size,
+            longest=max(stage.length for stage in self.stages) if learns else None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ SEEN_IN_THE_RUN: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.sequence_length": (24, {}),
     "training.micro_batch_size": (3, {}),
     "training.accumulation_steps": (1, {}),
+    "training.curriculum": ([[16, 2], [32, 2]], {}),
     "training.optimizer": ("muon", {}),
     "training.lr": (5e-3, {}),
     "training.min_lr_ratio": (0.9, {}),
