@@ -6,6 +6,19 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+WITHOUT_EFFECT = {
+    "lazy": ("subset", "split"),
+    "static": (
+        "subset",
+        "split",
+        "text_field",
+        "separator",
+        "min_length",
+        "max_samples_per_file",
+        "max_document_bytes",
+    ),
+    "streaming": ("separator", "max_samples_per_file"),
+}
 TaskName = Literal["needle", "recall", "copy", "reverse", "sort", "add"]
 
 
@@ -19,11 +32,17 @@ class SourceConfig(StrictModel):
     """One source of documents: files, the standard library, or a folder of tokens made by `prepare_static`."""
 
     path: str = Field(min_length=1)
-    """A file, a glob (`**` allowed), `stdlib` = the running Python's own sources, or (static) a prepared folder."""
+    """A file, a glob (`**` allowed), `stdlib` = the running Python's own sources, (static) a prepared folder, or
+    (streaming) a corpus on the Hugging Face hub."""
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Share of the rows relative to the other training sources; none on all sources: every document once per epoch."""
-    mode: Literal["lazy", "static"] = "lazy"
-    """lazy: read and tokenised on first use, then kept in the cache folder; static: tokens made by `prepare_static`."""
+    mode: Literal["lazy", "static", "streaming"] = "lazy"
+    """lazy: read and tokenised on first use, then kept in the cache folder; static: tokens made by `prepare_static`;
+    streaming: read and tokenised again at every pass, through Hugging Face `datasets`."""
+    subset: str | None = None
+    """Streaming from the hub only: the configuration of the corpus, such as 20231101.en."""
+    split: str = "train"
+    """Streaming from the hub only."""
     text_field: str = Field("text", min_length=1)
     """JSONL: the key that holds the document; Parquet: the column."""
     separator: str | None = Field(None, min_length=1)
@@ -38,11 +57,10 @@ class SourceConfig(StrictModel):
     """More bad records than this is an error; a handful is tolerated in small sources unless this is 0."""
 
     @model_validator(mode="after")
-    def _static_has_no_reading_settings(self) -> SourceConfig:
-        if self.mode == "static":
-            for name in ("text_field", "separator", "min_length", "max_samples_per_file", "max_document_bytes"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no effect on a static source: give it to prepare_static instead")
+    def _settings_have_an_effect(self) -> SourceConfig:
+        for name in WITHOUT_EFFECT[self.mode]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on a {self.mode} source")
         return self
 
 
@@ -99,4 +117,17 @@ class DataConfig(StrictModel):
             raise ValueError("train: give every source a weight, or none of them")
         if any(source.weight is not None for source in self.validation):
             raise ValueError("validation: a weight has no effect there, every document is read once")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> DataConfig:
+        streams = [source for source in self.train if source.mode == "streaming"]
+        if any(source.mode == "streaming" for source in self.validation):
+            raise ValueError("validation: streaming has no end; use mode: lazy or static there")
+        if streams and not self.packing:
+            raise ValueError("packing: a streaming source needs it")
+        if streams and len(self.train) > 1 and streams[0].weight is None:
+            raise ValueError("train: a streaming source has no known size; give every source a weight")
+        if self.synthetic and "needle" in self.synthetic.tasks and len(streams) == len(self.train) > 0:
+            raise ValueError("synthetic: a needle lies in the text of a lazy or static source; there is none")
         return self

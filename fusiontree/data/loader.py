@@ -13,11 +13,12 @@ from typing import Any
 from fusiontree.data.ahead import prepared_by
 from fusiontree.data.batch import FILLER, Batch, collate
 from fusiontree.data.config import DataConfig
-from fusiontree.data.mixture import Mixture, Place
+from fusiontree.data.mixture import Interleave, Mixture, Place
 from fusiontree.data.records import BadRecords
 from fusiontree.data.rows import Part, Reader
 from fusiontree.data.shuffle import make_key
 from fusiontree.data.splits import Split
+from fusiontree.data.streaming import StreamRows
 from fusiontree.errors import ConfigError, DataError
 
 STATE_VERSION = 1
@@ -75,11 +76,15 @@ class Loader:
         self._workers, self._split, self._seed, self._block = config.num_workers, split, seed, block_length
         self._endless = split == "train"
         order = seed if self._endless else VALIDATION_ORDER
-        self._mixture = Mixture(readers, weights, make_key(order), bucketed=not config.packing)
+        self._streams = {number: reader for number, reader in enumerate(readers) if isinstance(reader, StreamRows)}
+        self._mixture: Mixture | Interleave = (
+            Interleave(readers, weights or [1.0] * len(readers), make_key(order))
+            if self._streams
+            else Mixture(readers, weights, make_key(order), bucketed=not config.packing)
+        )
         self.tokens_per_epoch = facts.tokens
-        """Tokens of all sources, each document counted once."""
-        self.bad_records = facts.bad_records
-        """What was left out when the sources were read."""
+        """Tokens of all sources but streams, each document counted once."""
+        self._bad_records = facts.bad_records
         self.fingerprint = facts.fingerprint
         """Changes when the text, the tokenizer, the held-out part, the weights or what is synthetic change."""
         self._position = 0
@@ -92,8 +97,16 @@ class Loader:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Rows until every one has come once (with weights: as many)."""
+        """Rows until every one has come once (with weights: as many; with streams, which have no end: 4,096 blocks)."""
         return self._mixture.size * (self._block // self._shape.sequence_length)
+
+    @property
+    def bad_records(self) -> BadRecords:
+        """What was left out when the sources were read; of streams, so far."""
+        bad = BadRecords()
+        for part in (self._bad_records, *(reader.stream.bad_records for reader in self._streams.values())):
+            bad.merge(part)
+        return bad
 
     def resize(self, sequence_length: int, batch_size: int) -> None:
         """Go on with rows of another length, a divisor of the block length, at the same token of the stream.
@@ -116,6 +129,8 @@ class Loader:
                 position, shape = self._position, self._shape
                 batch = fetch(self._next_requests(position, shape))
                 self._position = position + shape.global_batch
+                for source, reader in self._streams.items():
+                    reader.release(self._stream_row(source))
                 yield batch
 
     def __len__(self) -> int:
@@ -144,6 +159,7 @@ class Loader:
             "position": self._position,
             "row_length": self._shape.sequence_length,
             **self._identity(),
+            **({"streams": self._stream_states()} if self._streams else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], allow_changed_data: bool = False) -> None:
@@ -165,6 +181,16 @@ class Loader:
         if state.get("sequence_length") == self._block:
             position = self._converted(position, length, self._shape.sequence_length)
         self._position = position
+        for source, reader in self._streams.items():
+            reader.restore(self._stream_row(source), _stream_state(state, source))
+
+    def _stream_states(self) -> dict[str, Any]:
+        return {str(number): reader.state_at(self._stream_row(number)) for number, reader in self._streams.items()}
+
+    def _stream_row(self, source: int) -> int:
+        """The first row of a stream that is not used up."""
+        assert isinstance(self._mixture, Interleave)
+        return self._mixture.drawn_before(source, self._position * self._shape.sequence_length // self._block)
 
     def _identity(self) -> dict[str, Any]:
         values = (self._split, self._block, self._packing, self._seed, self.fingerprint)
@@ -209,6 +235,13 @@ class Loader:
                 f"{shape.sequence_length}, fewer than one step needs (batch size {shape.batch_size} × "
                 f"{shape.world_size} processes); give more text, a smaller batch or shorter rows"
             )
+
+
+def _stream_state(state: dict[str, Any], source: int) -> dict[str, Any]:
+    saved: dict[str, Any] | None = (state.get("streams") or {}).get(str(source))
+    if saved is None:
+        raise DataError("data position: the state says nothing of a streaming source; start a new run")
+    return saved
 
 
 def _said(name: str) -> str:

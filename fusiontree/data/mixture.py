@@ -15,8 +15,9 @@ import numpy as np
 
 from fusiontree.data.rows import Reader
 from fusiontree.data.shuffle import Numbers, make_key, permute
+from fusiontree.errors import DataError
 
-POOL, BLOCK = 4096, 64
+POOL, BLOCK, CYCLE = 4096, 64, 4096
 
 
 class Place(NamedTuple):
@@ -74,6 +75,38 @@ class Mixture:
             here = source == number
             lengths[here] = rows.lengths(row[here], turn[here])
         return lengths
+
+
+class Interleave:
+    """The endless order of a mixture with streams: every source's rows come from its first on, in order.
+
+    Each cycle of 4,096 samples holds every source's share of them, shuffled. Weights are relative.
+    """
+
+    size = CYCLE
+
+    def __init__(self, sources: Sequence[Reader], weights: Sequence[float], key: int) -> None:
+        self._counts, self._key = [rows.count for rows in sources], key
+        bounds = np.round(np.cumsum([0.0, *weights]) / sum(weights) * CYCLE).astype(np.int64)
+        self._ends, self._shares = bounds[1:], np.diff(bounds)
+        if not self._shares.all():
+            raise DataError(f"data.train: a weight is less than 1 of {CYCLE} rows; the source would never be read")
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def place(self, sample: int) -> Place:
+        """Where a sample (any number from 0) comes from."""
+        source = int(self._order(sample // CYCLE)[sample % CYCLE])
+        turn, row = divmod(self.drawn_before(source, sample), self._counts[source])
+        return Place(source, row, turn)
+
+    def drawn_before(self, source: int, sample: int) -> int:
+        """Rows of a source among the samples before this one."""
+        cycle, index = divmod(sample, CYCLE)
+        return cycle * int(self._shares[source]) + int(np.count_nonzero(self._order(cycle)[:index] == source))
+
+    def _make_order(self, cycle: int) -> Numbers:
+        slots = permute(np.arange(CYCLE), CYCLE, make_key(self._key, cycle))
+        return np.searchsorted(self._ends, slots, side="right")
 
 
 def _shares(rows: list[int], weights: Sequence[float] | None) -> list[int]:

@@ -41,7 +41,8 @@ def expand(source: SourceConfig) -> list[Path]:
         raise DataError(f"{source.path}: is a folder: {hint}")
     files = sorted({Path(name) for name in found if not os.path.isdir(name)})
     if not files:
-        raise DataError(f"{source.path}: no such file, and nothing matches it as a pattern")
+        hub = "; a corpus on the hub can only be streamed" if source.mode == "streaming" else ""
+        raise DataError(f"{source.path}: no such file, and nothing matches it as a pattern{hub}")
     for path in files:
         _check_file(path)
     return files
@@ -75,7 +76,10 @@ def read_source(
 
 
 def read_texts(sources: Sequence[SourceConfig], max_bytes: int | None = None) -> Iterator[str]:
-    """Yield the documents' text, source after source, of each at most its equal part of `max_bytes`."""
+    """Yield the documents' text, source after source, of each at most its equal part of `max_bytes`.
+
+    The files of a streaming source are read as those of a lazy one; DataError for a corpus on the hub.
+    """
     for source in sources:
         left = max_bytes // len(sources) if max_bytes is not None else None
         for document in read_source(source, BadRecords()):

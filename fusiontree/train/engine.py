@@ -285,7 +285,8 @@ class Trainer:
         bad, say = self.loader.bad_records, self.console.say
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"model: {parameters / 1e6:.2f} M parameters on {self.strategy.device}")
-        say(f"data: {bad.summary()}; {self.loader.tokens_per_epoch / 1e6:.2f} M tokens per epoch")
+        tokens = self.loader.tokens_per_epoch
+        say(f"data: {bad.summary()}; {f'{tokens / 1e6:.2f} M tokens per epoch' if tokens else 'read as a stream'}")
         for example in bad.examples[:5]:
             say(f"warning: skipped {example}")
 
