@@ -1,4 +1,4 @@
-"""`fusiontree data prepare`."""
+"""`fusiontree data prepare`, `inspect` and `download`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,3 +30,50 @@ def prepare(
     typer.echo(f"{store.offsets.shape[0] - 1:,} documents, {int(store.offsets[-1]):,} tokens: {out}")
     if store.bad_records.count:
         typer.echo(f"left out: {store.bad_records.summary()}", err=True)
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[str], typer.Argument(help="Files, globs, stdlib, or prepared folders.", show_default=False)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Count tokens with this one: folder, name, or byte; else characters.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="JSONL: the key that holds the text; Parquet: the column.")] = "text",
+) -> None:
+    """Documents, tokens, lengths, duplicates and bad records of text or prepared folders."""
+    from fusiontree.cli.sources import sources
+    from fusiontree.data import inspect_source, load_tokenizer
+
+    counter = load_tokenizer(tokenizer) if tokenizer is not None else None
+    for name in files:
+        prepared = (Path(name).expanduser() / "meta.json").is_file()
+        settings = {"mode": "static"} if prepared else {"text_field": text_field}
+        (source,) = sources([name], **settings)
+        typer.echo(name)
+        for line in inspect_source(source, counter).lines():
+            typer.echo(f"  {line}")
+
+
+@app.command()
+def download(
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            help="wikipedia, wikitext, c4, fineweb-edu, tinystories, or owner/name on the hub.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="JSONL file to make.", show_default=False)],
+    language: Annotated[str, typer.Option(help="wikipedia and c4: the language's code.")] = "en",
+    subset: Annotated[str | None, typer.Option(help="The corpus's configuration.")] = None,
+    split: Annotated[str, typer.Option(help="The corpus's split.")] = "train",
+    text_field: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many documents.")] = None,
+) -> None:
+    """Fetch a corpus from the Hugging Face hub as JSONL; run again after an interruption, it goes on."""
+    from fusiontree.data import corpus_source
+    from fusiontree.data import download as fetch
+
+    bad = fetch(corpus_source(corpus, language, subset, split, text_field), out, limit)
+    typer.echo(f"{bad.documents:,} documents: {out}")
+    if bad.count:
+        typer.echo(f"left out: {bad.summary()}", err=True)

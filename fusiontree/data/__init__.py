@@ -4,6 +4,8 @@ from fusiontree.data.batch import Batch
 from fusiontree.data.build import build_loader
 from fusiontree.data.config import DataConfig, SourceConfig, StrictModel, TokenizerConfig
 from fusiontree.data.curriculum import Preset, Stage, plan_stages, stage_at
+from fusiontree.data.download import CORPORA, corpus_source, download
+from fusiontree.data.inspection import Inspection, inspect_source
 from fusiontree.data.loader import Loader
 from fusiontree.data.prepare import open_source, prepare_static
 from fusiontree.data.records import BadRecords
@@ -19,9 +21,11 @@ from fusiontree.data.tokenizer import (
 )
 
 __all__ = [
+    "CORPORA",
     "BadRecords",
     "Batch",
     "DataConfig",
+    "Inspection",
     "Loader",
     "Preset",
     "SourceConfig",
@@ -32,6 +36,9 @@ __all__ = [
     "build_loader",
     "byte_tokenizer",
     "check_vocabulary",
+    "corpus_source",
+    "download",
+    "inspect_source",
     "load_tokenizer",
     "open_source",
     "plan_stages",

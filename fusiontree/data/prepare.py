@@ -98,7 +98,7 @@ def _build(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, 
     with StoreWriter(folder, vocabulary) as writer, byte_progress("tokenising", total) as advance:
         for source in sources:
             counted = BadRecords()
-            for document, ids in _tokenise(read_source(source, counted, advance), tokenizer):
+            for document, ids in tokenise(read_source(source, counted, advance), tokenizer):
                 writer.append(document, ids)
             bad.merge(counted)
         writer.finish(key, tokenizer_hash(tokenizer), bad)
@@ -107,9 +107,7 @@ def _build(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, 
     return TokenStore(folder)
 
 
-def _tokenise(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[Document, list[int]]]:
+def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
     """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
     core = plain_encoder(tokenizer)
     for batch in _batches(documents):

@@ -11,8 +11,8 @@ LINE_SECONDS = 5.0
 
 
 @contextmanager
-def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to be told of bytes done out of `total`."""
+def byte_progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Give a function to be told of bytes done out of `total` (None: not known)."""
     if sys.stderr.isatty():
         with _bar(what, total) as advance:
             yield advance
@@ -21,7 +21,7 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,7 +31,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda size: progress.advance(task, size)
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int | None) -> Callable[[int], None]:
     done, last = 0, time.monotonic()
 
     def advance(size: int) -> None:
@@ -39,6 +39,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
         done += size
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            print(f"{what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total / 1e6:.0f}"
+            print(f"{what}: {done / 1e6:.0f}{of} MB", file=sys.stderr, flush=True)
 
     return advance

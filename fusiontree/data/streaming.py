@@ -61,20 +61,21 @@ class TextStream:
 
     def next_batch(self) -> list[str]:
         """The next documents, shuffled; after the last the first come again. DataError when too much is bad."""
-        texts, bad = self._collect(), self.bad_records
+        texts, bad = self.documents(), self.bad_records
         if not texts or bad.documents + bad.count >= BATCH_DOCUMENTS:
             bad.check(self._source.path, self._source.max_bad_fraction)
         if not texts:
             self.restore({**self.state(), "pass": self._pass + 1, "batch": 0, "record": 0, "dataset": None})
-            texts = self._collect()
+            texts = self.documents()
         self._batch += 1
         order = permute(np.arange(len(texts)), len(texts), make_key(self._key, self._pass, self._batch))
         return [texts[index] for index in order]
 
-    def _collect(self) -> list[str]:
+    def documents(self, most: int | None = None) -> list[str]:
+        """The usable documents of a batch, at most so many, in their own order; none when the source is at its end."""
         texts: list[str] = []
-        characters = 0
-        while len(texts) < BATCH_DOCUMENTS and characters < BATCH_CHARACTERS:
+        characters, most = 0, BATCH_DOCUMENTS if most is None else min(most, BATCH_DOCUMENTS)
+        while len(texts) < most and characters < BATCH_CHARACTERS:
             record = self._next_record()
             if record is None:
                 break

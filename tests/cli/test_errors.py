@@ -34,6 +34,9 @@ BAD_CALLS = {
     "tokenizer: no text": ("tokenizer", "train", "nowhere.txt", "--out", "{tmp}/tokenizer"),
     "tokenizer: too small": ("tokenizer", "train", "{config}", "--vocab-size", "10", "--out", "{tmp}/tokenizer"),
     "tokenizer: empty path": ("tokenizer", "train", "", "--out", "{tmp}/tokenizer"),
+    "data: no such corpus": ("data", "download", "mywiki", "--out", "{tmp}/w.jsonl"),
+    "data: no hub": ("data", "download", "wikipedia", "--out", "{tmp}/w.jsonl"),
+    "data: nothing to inspect": ("data", "inspect", "nowhere.txt"),
     "data: no tokenizer": ("data", "prepare", "{config}", "--tokenizer", "./nowhere", "--out", "{tmp}/tokens"),
 }
 

@@ -78,8 +78,8 @@ def test_an_interruption_leaves_nothing_and_a_restart_works(jsonl, tokenizer, tm
         yield next(original(*args))
         raise KeyboardInterrupt
 
-    original = prepare._tokenise
-    monkeypatch.setattr(prepare, "_tokenise", interrupted)
+    original = prepare.tokenise
+    monkeypatch.setattr(prepare, "tokenise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_static([source], tokenizer, folder)
     assert not folder.exists() and not list(tmp_path.glob("*.tmp"))
