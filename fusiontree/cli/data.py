@@ -20,13 +20,16 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     text_field: Annotated[str, typer.Option(help="JSONL: the key that holds the text.")] = "text",
     min_length: Annotated[int, typer.Option(help="Characters; shorter documents are left out.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each takes some 64 MB of whole files at a time.")] = 1,
 ) -> None:
-    """Tokenise text once into a memory-mapped folder, to be used as a source with mode: static."""
+    """Tokenise text once into a memory-mapped folder, to be used as a source with mode: static.
+
+    Run again after an interruption, it goes on."""
     from fusiontree.cli.sources import sources
     from fusiontree.data import load_tokenizer, prepare_static
 
     texts = sources(files, text_field=text_field, min_length=min_length)
-    store = prepare_static(texts, load_tokenizer(tokenizer), out)
+    store = prepare_static(texts, load_tokenizer(tokenizer), out, workers)
     typer.echo(f"{store.offsets.shape[0] - 1:,} documents, {int(store.offsets[-1]):,} tokens: {out}")
     if store.bad_records.count:
         typer.echo(f"left out: {store.bad_records.summary()}", err=True)

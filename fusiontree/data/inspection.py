@@ -12,12 +12,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import SourceConfig
-from fusiontree.data.prepare import tokenise
 from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import BadRecords
 from fusiontree.data.shuffle import Numbers
 from fusiontree.data.sources import expand, read_source
 from fusiontree.data.store import TokenStore
+from fusiontree.data.tokenizer import tokenise
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import SourceConfig
+from fusiontree.data.parts import Part, divide, make_parts, parts_of
 from fusiontree.data.progress import byte_progress
-from fusiontree.data.records import BadRecords, Document
+from fusiontree.data.records import BadRecords
 from fusiontree.data.sources import expand, read_source
 from fusiontree.data.store import VERSION, StoreWriter, TokenStore
-from fusiontree.data.tokenizer import plain_encoder, tokenizer_hash
+from fusiontree.data.tokenizer import tokenise, tokenizer_hash
 from fusiontree.errors import ConfigError, DataError
 
-BATCH_BYTES = 2 << 20
 logger = logging.getLogger(__name__)
 
 
@@ -41,12 +41,13 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def prepare_static(
-    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, out_dir: str | Path
+    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, out_dir: str | Path, workers: int = 1
 ) -> TokenStore:
     """Tokenise sources into `out_dir`, to be used as `SourceConfig(path=out_dir, mode="static")`.
 
-    The folder appears whole or not at all: after an interruption call it again and it starts over; called again with
-    the same text and tokenizer it returns what is there. Raises DataError when the folder holds something else.
+    The folder appears whole or not at all: after an interruption call it again and it goes on, with the loss of at most
+    some 64 MB per worker; called again with the same text and tokenizer it returns what is there. The result is the
+    same for any number of worker processes. Raises DataError when the folder holds something else.
     """
     if not sources:
         raise DataError("no sources to prepare")
@@ -61,7 +62,10 @@ def prepare_static(
             if store.meta.get("key") != key:
                 raise DataError(f"{folder}: holds tokens of other text or another tokenizer; name another folder")
             return store
-        return _build(sources, tokenizer, folder, key)
+        parts = divide(sources, folder, key)
+        if len(parts) == 1:
+            return _build(sources, tokenizer, folder, key)
+        return _build_in_parts(sources, tokenizer, folder, key, parts, workers)
 
 
 def open_source(
@@ -107,33 +111,34 @@ def _build(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, 
     return TokenStore(folder)
 
 
-def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
-    """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
-    core = plain_encoder(tokenizer)
-    for batch in _batches(documents):
-        encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encoded, strict=True):
-            yield document, [*encoding.ids, tokenizer.eos_token_id]
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _build_in_parts(
+    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, folder: Path, key: str, parts: Sequence[Part],
+    workers: int,
+) -> TokenStore:  # fmt: skip
+    bad = BadRecords()
+    with byte_progress("tokenising", sum(part.size for part in parts)) as advance:
+        make_parts(parts, sources, tokenizer, min(workers, len(parts)), advance)
+    with StoreWriter(folder, max(tokenizer.get_vocab().values()) + 1) as writer:
+        for number, source in enumerate(sources):
+            counted = BadRecords()
+            for store, account in parts_of(parts, number):
+                if store is not None:
+                    writer.copy(store)
+                counted.merge(account)
+            counted.check(source.path, source.max_bad_fraction)
+            bad.merge(counted)
+        writer.finish(key, tokenizer_hash(tokenizer), bad)
+    shutil.rmtree(parts[0].folder.parent)
+    if bad.count:
+        logger.warning("%s: %s", ", ".join(source.path for source in sources), bad.summary())
+    return TokenStore(folder)
 
 
 def _key(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) -> str:
     """Hash of everything the store depends on; files count by path, size and time, so that nothing has to be read."""
     parts: list[object] = [VERSION, tokenizer_hash(tokenizer)]
     for source in sources:
-        parts.append(source.model_dump(exclude={"path", "weight", "mode", "max_bad_fraction"}))
+        parts.append(source.model_dump(exclude={"path", "weight", "mode", "max_bad_fraction", "subset", "split"}))
         parts.append([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in expand(source)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -63,7 +63,15 @@ def read_source(
     """
     if source.mode == "static":
         raise ConfigError(f"{source.path}: a static source holds tokens, not text; name the text files")
-    for path in expand(source):
+    yield from read_files(expand(source), source, bad, advance)
+    bad.check(source.path, source.max_bad_fraction)
+
+
+def read_files(
+    files: Sequence[Path], source: SourceConfig, bad: BadRecords, advance: Callable[[int], None]
+) -> Iterator[Document]:
+    """Yield the usable documents of some files of a source and count the others, whatever their share."""
+    for path in files:
         before = bad.documents
         for section in open_sections(path, source, advance):
             document = _document(path, section, source, bad)
@@ -72,7 +80,6 @@ def read_source(
                 yield document
                 if bad.documents - before == source.max_samples_per_file:
                     break
-    bad.check(source.path, source.max_bad_fraction)
 
 
 def read_texts(sources: Sequence[SourceConfig], max_bytes: int | None = None) -> Iterator[str]:

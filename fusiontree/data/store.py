@@ -94,18 +94,29 @@ class StoreWriter:
 
     def append(self, document: Document, ids: list[int]) -> None:
         """Add one document with its tokens (eos included)."""
+        text_hash = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
+        self._append(np.asarray(ids), int.from_bytes(text_hash, "little"))
+        file = self._files.setdefault(document.path, len(self._files))
+        self._origins.extend((file, document.line, document.offset, document.size))
+
+    def copy(self, store: TokenStore) -> None:
+        """Add all documents of a finished store."""
+        for number, (begin, end) in enumerate(zip(store.offsets[:-1], store.offsets[1:], strict=True)):
+            self._append(store.read(begin, end), int(store.hashes[number]))
+            file, *place = store.origins[number].tolist()
+            path = store.meta["files"][file]
+            self._origins.extend((self._files.setdefault(path, len(self._files)), *place))
+
+    def _append(self, ids: npt.NDArray[Any], text_hash: int) -> None:
         assert self._handle is not None, "used outside its with block"
-        data = np.asarray(ids, dtype=self._dtype).tobytes()
+        data = ids.astype(self._dtype).tobytes()
         try:
             self._handle.write(data)
         except OSError as error:
             raise self._cannot_write(error) from error
         self._digest.update(len(ids).to_bytes(8, "little") + data)
         self._offsets.append(self._offsets[-1] + len(ids))
-        text_hash = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-        self._hashes.append(int.from_bytes(text_hash, "little"))
-        file = self._files.setdefault(document.path, len(self._files))
-        self._origins.extend((file, document.line, document.offset, document.size))
+        self._hashes.append(text_hash)
 
     def finish(self, key: str, tokenizer_hash: str, bad_records: BadRecords) -> None:
         """Write the arrays and meta.json and move the folder to its place."""

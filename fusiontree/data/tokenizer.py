@@ -14,12 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fusiontree.data.config import SourceConfig, TokenizerConfig
 from fusiontree.data.progress import byte_progress
+from fusiontree.data.records import Document
 from fusiontree.data.sources import expand, read_texts
 from fusiontree.errors import ConfigError, DataError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 BYTE = "byte"
 SMALLEST_VOCABULARY = 258
+BATCH_BYTES = 2 << 20
 TRAINING_BYTES = 200_000_000
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -131,6 +133,28 @@ def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     core.no_truncation()
     core.encode_special_tokens = True
     return core
+
+
+def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
+    """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
+    core = plain_encoder(tokenizer)
+    for batch in _batches(documents):
+        encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encoded, strict=True):
+            yield document, [*encoding.ids, tokenizer.eos_token_id]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _core(model: models.Model) -> Tokenizer:

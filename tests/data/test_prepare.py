@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusiontree.data import SourceConfig, TokenStore, open_source, prepare, prepare_static, train_tokenizer
+from fusiontree.data import SourceConfig, TokenStore, open_source, parts, prepare, prepare_static, train_tokenizer
 from fusiontree.data.splits import all_pieces, hold_out
 from fusiontree.errors import ConfigError, DataError
 
@@ -195,3 +195,74 @@ def test_several_at_once_do_the_work_once(jsonl, tokenizer, monkeypatch) -> None
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: open_source(source, tokenizer), range(4)))
     assert len(built) == 1 and all(documents(store) == TEXTS for store in stores)
+
+
+@pytest.fixture
+def many(jsonl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SourceConfig]:
+    """Two sources of several files, one file empty, one with a bad line, in parts of one or two files."""
+    monkeypatch.setattr(parts, "PART_BYTES", 600)
+    for number in range(6):
+        jsonl(TEXTS[10 * number : 10 * number + 10], f"a{number}.jsonl")
+    jsonl([], "a9.jsonl")
+    (tmp_path / "a3.jsonl").write_text((tmp_path / "a3.jsonl").read_text() + "{broken\n")
+    return [SourceConfig(path=f"{tmp_path}/a*.jsonl"), SourceConfig(path=jsonl(TEXTS[:40], "b.jsonl"))]
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return all((one / path.name).read_bytes() == path.read_bytes() for path in other.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_make_the_same_folder_to_the_byte(many, tokenizer, tmp_path: Path, monkeypatch, workers: int) -> None:
+    assert len(parts.divide(many, tmp_path / "p", "k")) > 3
+    prepare_static(many, tokenizer, tmp_path / "parts", workers)
+    monkeypatch.setattr(parts, "PART_BYTES", 0)
+    prepare_static(many, tokenizer, tmp_path / "files")
+    monkeypatch.setattr(prepare, "divide", lambda *a: [None])
+    whole = prepare_static(many, tokenizer, tmp_path / "whole")
+    assert same_files(tmp_path / "parts", whole.folder) and same_files(tmp_path / "files", whole.folder)
+    assert whole.bad_records.count == 1
+    assert not [path for path in tmp_path.iterdir() if "parts." in path.name or "files." in path.name]
+
+
+def test_parts_that_are_done_are_kept_over_an_interruption(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    made: list[int] = []
+    original = parts.make_part
+
+    def interrupted(part, *rest) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        original(part, *rest)
+
+    monkeypatch.setattr(parts, "make_part", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="keeps the parts that are done"):
+        prepare_static(many, tokenizer, tmp_path / "static")
+    assert not (tmp_path / "static").exists() and len(list((tmp_path / "static.parts").iterdir())) == 2
+    again: list[int] = []
+    monkeypatch.setattr(parts, "make_part", lambda *a: again.append(1) or original(*a))
+    store = prepare_static(many, tokenizer, tmp_path / "static")
+    assert len(again) == len(parts.divide(many, tmp_path / "x", "k")) - 2
+    assert documents(store) == [*TEXTS, *TEXTS[:40]]
+    assert not (tmp_path / "static.parts").exists()
+
+
+def test_too_much_that_is_bad_stops_parts_too(many, tokenizer, tmp_path: Path) -> None:
+    strict = [source.model_copy(update={"max_bad_fraction": 0.0}) for source in many]
+    with pytest.raises(DataError, match="1 of 61 records are bad"):
+        prepare_static(strict, tokenizer, tmp_path / "static")
+    assert not (tmp_path / "static").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.fault
+def test_a_worker_that_is_killed_is_named_and_nothing_hangs(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    victim = TEXTS[0]
+    monkeypatch.setattr(parts, "_work", _die)
+    with pytest.raises(DataError, match="a worker process died; run the same command again"):
+        prepare_static(many, tokenizer, tmp_path / "static", workers=2)
+    monkeypatch.undo()
+    assert documents(prepare_static(many, tokenizer, tmp_path / "static"))[0] == victim
+
+
+def _die(*args: object) -> None:
+    os.kill(os.getpid(), 9)

@@ -1,0 +1,158 @@
+"""Preparing much text in parts: several processes at once, and parts that are done are kept over an interruption.
+
+A part is a run of files of one source, some 64 MB, made into a store of its own beside the target (`out`.parts); at the
+end the parts are copied one after the other, so the result is to the byte what one process would have made in one go.
+A single huge file is one part: split it, or let the tokenizer's own threads do what they can.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from fusiontree.data.config import SourceConfig
+from fusiontree.data.records import BadRecords
+from fusiontree.data.sources import expand, read_files
+from fusiontree.data.store import StoreWriter, TokenStore
+from fusiontree.data.tokenizer import tokenise, tokenizer_hash
+from fusiontree.errors import DataError
+
+PART_BYTES = 64 << 20
+POLL_SECONDS = 0.5
+Advance = Callable[[int], None]
+_shared: dict[str, Any] = {}
+
+
+class Part(NamedTuple):
+    """Some files of source number `source`, and the folder that their tokens go to."""
+
+    source: int
+    files: tuple[Path, ...]
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+def divide(sources: Sequence[SourceConfig], folder: Path, key: str) -> list[Part]:
+    """Parts of the sources' files in order, each but the last of a source at least PART_BYTES large."""
+    root = folder.with_name(folder.name + ".parts")
+    parts: list[Part] = []
+    for number, source in enumerate(sources):
+        files = expand(source)
+        begin = size = 0
+        for index, path in enumerate(files):
+            size += path.stat().st_size
+            if size >= PART_BYTES or index == len(files) - 1:
+                parts.append(
+                    Part(number, tuple(files[begin : index + 1]), root / f"{key[:16]}-{PART_BYTES}-{len(parts):05d}")
+                )
+                begin, size = index + 1, 0
+    return parts
+
+
+def make_parts(
+    parts: Sequence[Part], sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, workers: int,
+    advance: Advance,
+) -> None:  # fmt: skip
+    """Make the parts that are not there yet. Raises DataError when one cannot be made or a worker dies."""
+    missing = [part for part in parts if not _is_done(part)]
+    advance(sum(part.size for part in parts) - sum(part.size for part in missing))
+    try:
+        if workers > 1:
+            _make_at_once(missing, sources, tokenizer, workers, advance)
+            return
+        for part in missing:
+            make_part(part, sources[part.source], tokenizer, advance)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run the same command again: it keeps the parts that are done") from None
+
+
+def _make_at_once(
+    missing: Sequence[Part], sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, workers: int,
+    advance: Advance,
+) -> None:  # fmt: skip
+    context = get_context("spawn")  # a forked child would inherit the locks of the tokenizer's threads
+    done, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, done, stop)) as pool:
+        try:
+            _follow([pool.submit(_work, part, sources[part.source]) for part in missing], done, advance)
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process died; run the same command again: it keeps the parts that are done"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def make_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance) -> None:
+    """Tokenise a part; one without a document leaves only its account of bad records."""
+    bad = BadRecords()
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    with StoreWriter(part.folder, vocabulary) as writer:
+        for document, ids in tokenise(read_files(part.files, source, bad, advance), tokenizer):
+            writer.append(document, ids)
+        if bad.documents:
+            writer.finish("part", tokenizer_hash(tokenizer), bad)
+    if not bad.documents:
+        _empty(part).write_text(json.dumps(bad.to_json()), encoding="utf-8")
+
+
+def parts_of(parts: Sequence[Part], source: int) -> Iterator[tuple[TokenStore | None, BadRecords]]:
+    """Store (None: no documents) and account of each part of a source, in order."""
+    for part in parts:
+        if part.source == source:
+            if _empty(part).exists():
+                yield None, BadRecords(**json.loads(_empty(part).read_text(encoding="utf-8")))
+            else:
+                store = TokenStore(part.folder)
+                yield store, store.bad_records
+
+
+def _empty(part: Part) -> Path:
+    return part.folder.with_name(part.folder.name + ".empty.json")
+
+
+def _is_done(part: Part) -> bool:
+    return part.folder.exists() or _empty(part).exists()
+
+
+def _follow(futures: Sequence[Future[None]], done: Any, advance: Advance) -> None:
+    """Wait for all, telling the progress; the first error ends it."""
+    told, pending = 0, set(futures)
+    while pending:
+        finished, pending = wait(pending, POLL_SECONDS)
+        for future in finished:
+            future.result()
+        now = done.value
+        advance(now - told)
+        told = now
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerFast, done: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _shared.update(tokenizer=tokenizer, done=done, stop=stop)
+
+
+def _work(part: Part, source: SourceConfig) -> None:
+    def advance(size: int) -> None:
+        if _shared["stop"].is_set():
+            raise KeyboardInterrupt
+        if size:
+            with _shared["done"].get_lock():
+                _shared["done"].value += size
+
+    make_part(part, source, _shared["tokenizer"], advance)
