@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fusiontree.train.jsonl import JsonLines
 
-
-REMEMBERED_SECONDS = 600.0  # the bar's speed is that of the last ten minutes: a step may take longer than rich's 30 s
+# The bar's speed is that of the last ten minutes: a step may take longer than rich's 30 seconds.
+REMEMBERED_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

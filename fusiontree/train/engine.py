@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fusiontree.data import Loader, build_loader, resolve_tokenizer
 from fusiontree.errors import CheckpointError, ConfigError, TrainingError
-from fusiontree.train.build import build_callbacks, build_model, choose_device, prepare_folder, prepare_model
+from fusiontree.train.build import build_callbacks, build_model, choose_device, prepare_model, run_folder
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import RunLock, step_folder
+from fusiontree.train.checkpoint import step_folder
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.losses import HybridModelLoss, phase_at, target_mask
@@ -50,9 +50,8 @@ def train(
     first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the loss is not finite.
     """
     run_dir = Path(config.system.run_dir)
-    prepare_folder(run_dir)
     try:
-        with RunLock(run_dir):
+        with run_folder(run_dir):
             trainer = Trainer(config, run_dir, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
@@ -258,7 +257,7 @@ class Trainer:
         bad, say = self.loader.bad_records, self.console.say
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"model: {parameters / 1e6:.2f} M parameters on {self.strategy.device}")
-        say(f"data: {bad.summary()}; {self.loader.tokens_per_epoch / 1e6:.2f} M tokens per epoch")
+        say(f"data: {bad.summary()}, {self.loader.tokens_per_epoch / 1e6:.2f} M tokens per epoch")
         for example in bad.examples[:5]:
             say(f"warning: skipped {example}")
 
