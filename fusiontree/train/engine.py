@@ -91,7 +91,8 @@ class Trainer:
         self.validation: Validation | None = None
         self.progress = Progress()
         self.clock = (time.monotonic(), 0)  # when and at how many tokens the next line's speed begins
-        self.stop = StopSignals()
+        quiet = config.logging.console == "off"
+        self.stop = StopSignals("" if quiet else "stopping: the step is finished and saved first")
 
     def hold_out(self, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None) -> None:
         """Take the validation batches; none when the settings hold nothing out."""
@@ -245,7 +246,9 @@ class Trainer:
             self.strategy.load(folder, self.model, self.optimizers)
             self.progress, loader_state = self.store.restore(folder, self.callbacks)
             self.loader.load_state_dict(loader_state)
-            self.console.say(f"going on from step {self.progress.step} of {self.settings.steps} ({folder})")
+            done = self.progress.step >= self.settings.steps
+            how = "finished already; a larger training.steps goes on from" if done else "going on from"
+            self.console.say(f"{how} step {self.progress.step} of {self.settings.steps} ({folder})")
         self.store.trim_logs(self.progress.step if folder is not None else -1)
         self._introduce()
         text = write_yaml(self.config.model_dump(mode="json"))

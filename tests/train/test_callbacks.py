@@ -103,10 +103,12 @@ def test_wandb_continues_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [None, "abc"]
 
 
-def test_signals_are_given_back_afterwards() -> None:
+def test_signals_are_noticed_once_and_given_back_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
+    with StopSignals("stopping") as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err == "\nstopping\n"
