@@ -88,18 +88,20 @@ def held_out(paths: list[str], run: Path | None) -> DataConfig:
         section = load_config(run / "config.yaml").data
         return DataConfig(**{name: getattr(section, name) for name in DataConfig.model_fields})
     if paths == ["stdlib"]:
-        return DataConfig(train=sources(paths), **_held_out_part(run))
+        return DataConfig(train=sources(paths), validation_fraction=_held_out_part(run))
     return DataConfig(validation=sources(paths))
 
 
-def _held_out_part(run: Path | None) -> dict[str, float]:
+def _held_out_part(run: Path | None) -> float:
     """The fraction that the run held out of its own text, so that nothing it learned from is measured on."""
+    from fusiontree.data import DataConfig
+
+    usual: float = DataConfig.model_fields["validation_fraction"].default
     if run is None:
-        return {}
+        return usual
     from fusiontree.train.config import load_config
 
-    fraction = load_config(run / "config.yaml").data.validation_fraction
-    return {"validation_fraction": fraction} if fraction else {}
+    return load_config(run / "config.yaml").data.validation_fraction or usual
 
 
 def _proposal(network: Any, rows: list[Any], run: Path | None) -> Any:

@@ -104,9 +104,13 @@ class Console(Callback):
         """Show the bar where there is a terminal."""
         self.pace = None
         if self.mode == "auto" and self.rich.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            more = {"expand": True, "speed_estimate_period": REMEMBERED_SECONDS}
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.rich, **more)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=self.rich, expand=True, speed_estimate_period=REMEMBERED_SECONDS)
             self.task = self.progress.add_task("training", total=run.steps, completed=run.step)
             self.progress.start()
 
