@@ -258,9 +258,13 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         cache = self._cache_for(past_key_values, use_cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        stack = self.model(
-            inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
-        )
+        watched = bool(output_hidden_states) or output_gates or labels is not None
+        if torch.is_grad_enabled() or watched or inputs_embeds.shape[1] <= piece_length(inputs_embeds):
+            stack = self.model(
+                inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
+            )
+        else:
+            stack = self._in_pieces(inputs_embeds, attention_mask, position_ids, seq_idx, cache)
         loss = logits = None
         if labels is not None:
             check_labels(labels, *inputs_embeds.shape[:2])
@@ -279,6 +283,28 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             gates=tuple(out.gate for out in stack.outputs) if output_gates else None,
             branch_rms=tuple(out.branch_rms for out in stack.outputs) if output_gates else None,
         )
+
+    def _in_pieces(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cache: HybridCache | None,
+    ) -> _Stack:
+        """A long text that needs no gradient, piece by piece through the cache: the same numbers, bounded memory."""
+        cache = HybridCache(self.config) if cache is None else cache
+        rows, length = x.shape[:2]
+        valid = valid_tokens(attention_mask, rows, length, cache.progress.seen)
+        position_ids, seq_idx = (
+            described(name, t, rows, length) for name, t in (("position_ids", position_ids), ("seq_idx", seq_idx))
+        )
+        hidden = []
+        for begin in range(0, length, piece_length(x)):
+            piece = slice(begin, begin + piece_length(x))
+            mask, ids, documents = (None if t is None else t[:, piece] for t in (valid, position_ids, seq_idx))
+            hidden.append(self.model(x[:, piece], mask, ids, documents, cache).hidden)
+        return _Stack(torch.cat(hidden, dim=1), None, [], None)
 
     def _loss(self, stack: _Stack, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
         """Mean cross entropy of each token given those before it, never across the start of a document."""
@@ -351,6 +377,12 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         """Parameters lose what is marked on them when a model is pickled or deep-copied."""
         super().__setstate__(state)
         mark_no_weight_decay(self)
+
+
+def piece_length(x: Tensor) -> int:
+    """Tokens that one pass over x (B, L, H) takes at once when no gradient is wanted."""
+    # Past a few thousand tokens a CPU spends its time on fetching fresh memory for every intermediate result.
+    return max(512, 2048 // x.shape[0]) if x.device.type == "cpu" else 32768
 
 
 def _progress_after(rows: Rows, past: Progress, pads: Tensor | None, moved: bool, kept: int) -> Progress:
