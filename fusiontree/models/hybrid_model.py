@@ -382,7 +382,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
 def piece_length(x: Tensor) -> int:
     """Tokens that one pass over x (B, L, H) takes at once when no gradient is wanted."""
     # Past a few thousand tokens a CPU spends its time on fetching fresh memory for every intermediate result.
-    return max(512, 2048 // x.shape[0]) if x.device.type == "cpu" else 32768
+    return max(512, 2048 // max(1, x.shape[0])) if x.device.type == "cpu" else 32768
 
 
 def _progress_after(rows: Rows, past: Progress, pads: Tensor | None, moved: bool, kept: int) -> Progress:
