@@ -8,6 +8,7 @@ import typer
 
 from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TopK, TopP
 from fusiontree.cli.sampling import device as chosen
+from fusiontree.errors import ConfigError
 
 HELP = "an empty line or /quit ends, /reset forgets the conversation"
 
@@ -28,8 +29,17 @@ def chat(
     """Talk with a model, streaming; a model that never saw dialogues will only continue the text."""
     from fusiontree.cli.places import model_folder
     from fusiontree.deploy import InferenceRuntime
+    from fusiontree.deploy.sampling import Options
 
     runtime = InferenceRuntime(model_folder(model), device=chosen(device))
+    options: Options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     typer.echo(f"({HELP})")
@@ -39,15 +49,14 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         answer = ""
-        pieces = runtime.stream_chat(
-            messages,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        try:
+            pieces = runtime.stream_chat(messages, **options)
+        except ConfigError as error:
+            if len(messages) == len(opening) + 1:  # not even this message alone: the settings are wrong
+                raise
+            messages.pop()
+            typer.echo(f"error: {error}; /reset makes room", err=True)
+            continue
         for piece in pieces:
             answer += piece
             typer.echo(piece, nl=False)

@@ -30,9 +30,10 @@ def prepare(
 
     texts = sources(files, text_field=text_field, min_length=min_length)
     store = prepare_static(texts, load_tokenizer(tokenizer), out, workers)
-    typer.echo(f"{store.offsets.shape[0] - 1:,} documents, {int(store.offsets[-1]):,} tokens: {out}")
-    if store.bad_records.count:
-        typer.echo(f"left out: {store.bad_records.summary()}", err=True)
+    store = prepare_static(texts, load_tokenizer(tokenizer), out)
+    for example in store.bad_records.examples[:5]:
+        typer.echo(f"warning: skipped {example}", err=True)
+    typer.echo(f"{store.bad_records.summary()}, {int(store.offsets[-1]):,} tokens: {out}")
 
 
 @app.command()

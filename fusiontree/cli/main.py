@@ -7,15 +7,27 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fusiontree.cli import chat, data, demo, export, generate, info, prune, report, tokenizer, train
+from fusiontree.cli import (
+    INPUT_ERROR,
+    INTERRUPTED,
+    chat,
+    data,
+    demo,
+    export,
+    generate,
+    info,
+    prune,
+    report,
+    tokenizer,
+    train,
+)
 from fusiontree.errors import FusionTreeError
-
-INPUT_ERROR = 2
-INTERRUPTED = 130
 
 GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
     "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
+    "generate": "the text above is not finished",
+    "chat": "the conversation is over",
 }
 START_AGAIN = "nothing half-written is left; run the same command again"
 
@@ -43,7 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
-    "generate.",
+    "generate. Exit codes: 0 done, 2 the input cannot be used (one line says why), 130 interrupted.",
 )
 for verb in (demo, train, prune, export, generate, chat, info, report):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))

@@ -32,7 +32,9 @@ def prune(
     weigh: Annotated[
         Literal["bytes", "flops"], typer.Option(help="What a loss increase is weighed against.")
     ] = "bytes",
-    length: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 512,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row; left out: 512, or all positions of a shorter model.", min=2)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per batch.", min=1)] = 8,
     batches: Annotated[int, typer.Option(help="Batches to measure on.", min=1)] = 16,
 ) -> None:
@@ -46,9 +48,15 @@ def prune(
     folder = model_folder(model)
     config = held_out(data or [], run_folder(model))
     network = load_model(folder)
+    longest = network.config.max_position_embeddings
+    length = length or min(512, longest)
+    if length > longest:
+        raise ConfigError(f"--length {length}: this model has {longest} positions; at most {longest} is allowed")
     loader = build_loader(
         config, load_saved_tokenizer(folder), split="validation", sequence_length=length, batch_size=batch_size
     )
+    for example in loader.bad_records.examples[:5]:
+        typer.echo(f"warning: skipped {example}", err=True)
     rows = list(islice(loader, batches))
     partial = out.with_name(f"{out.name}.measurements.jsonl")
     with console_progress("measuring removals") as progress:
@@ -80,16 +88,28 @@ def held_out(paths: list[str], run: Path | None) -> DataConfig:
         section = load_config(run / "config.yaml").data
         return DataConfig(**{name: getattr(section, name) for name in DataConfig.model_fields})
     if paths == ["stdlib"]:
-        return DataConfig(train=sources(paths))
+        return DataConfig(train=sources(paths), validation_fraction=_held_out_part(run))
     return DataConfig(validation=sources(paths))
 
 
+def _held_out_part(run: Path | None) -> float:
+    """The fraction that the run held out of its own text, so that nothing it learned from is measured on."""
+    from fusiontree.data import DataConfig
+
+    usual: float = DataConfig.model_fields["validation_fraction"].default
+    if run is None:
+        return usual
+    from fusiontree.train.config import load_config
+
+    return load_config(run / "config.yaml").data.validation_fraction or usual
+
+
 def _proposal(network: Any, rows: list[Any], run: Path | None) -> Any:
-    """What the gates say: as the run saw them, else on the held-out text."""
+    """What the gates say: as the run saw them, else (a short run, or none) on the held-out text."""
     from fusiontree.deploy import observe_gates, propose_from_gates, read_gate_log
 
     log = None if run is None else run / "gates.jsonl"
-    if log is not None and log.is_file():
+    if log is not None and log.is_file() and log.stat().st_size:
         return propose_from_gates(network, read_gate_log(log))
     return propose_from_gates(network, observe_gates(network, rows), minimum_steps=0)
 

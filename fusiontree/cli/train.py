@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-INTERRUPTED = 130
+from fusiontree.cli import INTERRUPTED
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, for example configs/demo.yaml.", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file, for example training.lr=1e-3."),
     ] = None,
 ) -> None:
     """Train as a YAML config says; run again on the same run folder, it goes on from the last checkpoint."""

@@ -106,8 +106,6 @@ def _build(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, 
                 writer.append(document, ids)
             bad.merge(counted)
         writer.finish(key, tokenizer_hash(tokenizer), bad)
-    if bad.count:
-        logger.warning("%s: %s", ", ".join(source.path for source in sources), bad.summary())
     return TokenStore(folder)
 
 

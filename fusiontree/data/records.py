@@ -30,7 +30,7 @@ class BadRecords:
     count: int = 0
     """Records that could not be read."""
     short: int = 0
-    """Documents left out because they are shorter than `min_length` (not errors)."""
+    """Documents left out because they are empty or shorter than `min_length` (not errors)."""
     examples: list[str] = field(default_factory=list)
     """`file:line: reason` of the first bad records."""
 
@@ -58,16 +58,20 @@ class BadRecords:
         first = f"; first {self.examples[0]}" if self.examples else ""
         if not self.documents:
             raise DataError(
-                f"{name}: no documents ({self.count} bad records, {self.short} shorter than min_length{first})"
+                f"{name}: no documents ({self.count} bad records, {self.short} empty or shorter than min_length{first})"
             )
         raise DataError(
             f"{name}: {self.count} of {seen} records are bad, more than max_bad_fraction {max_fraction:g} allows{first}"
         )
 
     def summary(self) -> str:
-        """One line for the log."""
-        first = f", first {self.examples[0]}" if self.examples else ""
-        return f"{self.documents} documents, {self.count} bad records skipped, {self.short} too short{first}"
+        """What was read and what was left out, in one line without the cases."""
+        parts = [_counted(self.documents, "document")]
+        if self.count:
+            parts.append(f"{_counted(self.count, 'bad record')} skipped")
+        if self.short:
+            parts.append(f"{self.short:,} empty or shorter than min_length left out")
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +99,10 @@ class Document:
     line: int
     offset: int
     size: int
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ from fusiontree.errors import ConfigError, DataError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 BYTE = "byte"
+ORIGIN = "made_by.json"  # beside a run's tokenizer: the settings it was made by
 SMALLEST_VOCABULARY = 258
 BATCH_BYTES = 2 << 20
 TRAINING_BYTES = 200_000_000
@@ -58,7 +60,7 @@ def train_tokenizer(
     tokenizer = _wrap(core)
     if len(tokenizer) < vocab_size:
         logger.warning("the text yields a vocabulary of %d ids only, not %d", len(tokenizer), vocab_size)
-    _save(tokenizer, folder)
+    _save(tokenizer, folder, _origin(TokenizerConfig(train_vocab_size=vocab_size), sources))
     return tokenizer
 
 
@@ -96,16 +98,48 @@ def load_tokenizer(path: str | Path, download: bool = False) -> PreTrainedTokeni
 def resolve_tokenizer(
     config: TokenizerConfig, sources: Sequence[SourceConfig], out_dir: str | Path
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of a run: the one already in `out_dir`, else the one `config` asks for, saved there."""
-    if (Path(out_dir) / "tokenizer.json").exists():
-        return load_tokenizer(Path(out_dir))
-    if config.train_vocab_size is not None:
-        return train_tokenizer(sources, config.train_vocab_size, out_dir)
-    if config.path is None:
+    """The tokenizer of a run: the one already in `out_dir`, else the one `config` asks for, saved there.
+
+    Raises ConfigError when the one that is there is not the one asked for.
+    """
+    folder = Path(out_dir)
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder)
+        _check_origin(tokenizer, config, sources, folder)
+    elif config.train_vocab_size is not None:
+        tokenizer = train_tokenizer(sources, config.train_vocab_size, folder)
+    elif config.path is not None:
+        tokenizer = load_tokenizer(config.path, config.download)
+        _save(tokenizer, _free_folder(folder), _origin(config, sources))
+    else:
         raise ConfigError('tokenizer: give path (a folder, a hub name or "byte") or train_vocab_size')
-    tokenizer = load_tokenizer(config.path, config.download)
-    _save(tokenizer, _free_folder(Path(out_dir)))
     return tokenizer
+
+
+def _check_origin(
+    tokenizer: PreTrainedTokenizerFast, config: TokenizerConfig, sources: Sequence[SourceConfig], folder: Path
+) -> None:
+    """Refuse the tokenizer of an earlier start when the settings now ask for another one."""
+    try:
+        earlier = (folder / ORIGIN).read_text(encoding="utf-8")
+    except FileNotFoundError:  # put there by hand
+        return
+    same = earlier == _origin(config, sources)
+    if not same and config.path is not None:  # under another name it may still be the same
+        same = tokenizer_hash(load_tokenizer(config.path, config.download)) == tokenizer_hash(tokenizer)
+    if not same:
+        raise ConfigError(
+            f"data.tokenizer: {folder} holds one made with other settings or text; set them back, or start in a new "
+            "system.run_dir"
+        )
+
+
+def _origin(config: TokenizerConfig, sources: Sequence[SourceConfig]) -> str:
+    """What decides a run's tokenizer, as JSON."""
+    if config.path is not None:
+        return json.dumps({"path": config.path})
+    texts = [source.model_dump(exclude={"weight", "max_bad_fraction"}) for source in sources]
+    return json.dumps({"train_vocab_size": config.train_vocab_size, "sources": texts})
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -194,13 +228,15 @@ def _free_folder(folder: Path) -> Path:
     return folder
 
 
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, origin: str | None = None) -> None:
     """Write beside the target and rename, so that a tokenizer folder is whole or absent."""
     draft = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         tokenizer.save_pretrained(str(draft))
+        if origin is not None:
+            (draft / ORIGIN).write_text(origin, encoding="utf-8")
         os.replace(draft, folder)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)

@@ -14,9 +14,8 @@ def apply_plan(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageMod
         pruned = HybridLanguageModel(config)
     originals = dict(model.named_parameters())
     for name, parameter in pruned.named_parameters():
-        parameter.data = torch.empty_like(
-            originals[name].data
-        )  # same dtype and device; state-space parameters stay fp32
+        # The same dtype and device as before: state-space parameters stay fp32.
+        parameter.data = torch.empty_like(originals[name].data)
         parameter.requires_grad_(originals[name].requires_grad)
     weights = model.state_dict()
     pruned.to(model.device).load_state_dict({name: weights[name] for name in pruned.state_dict()})

@@ -22,8 +22,15 @@ class _Choice:
 
     joint_loss: float
     removed: dict[int, Branch] = field(default_factory=dict)
+    others: dict[int, int] = field(default_factory=dict)  # layer → removals in other layers when its own was decided
     loss_after: dict[int, float] = field(default_factory=dict)  # layer → joint loss just after its removal
     refused: dict[Candidate, float] = field(default_factory=dict)  # candidate → joint loss it would have led to
+
+    def take(self, layer: int, branch: Branch, joint: float) -> None:
+        """Decide to take `branch` out of `layer`, in place of what was decided there before."""
+        self.removed[layer] = branch
+        self.others[layer] = len(self.removed) - 1
+        self.loss_after[layer] = self.joint_loss = joint
 
 
 def make_plan(
@@ -48,7 +55,9 @@ def make_plan(
     singles = measure_each(loss, on_progress)
     savings = branch_savings(model)
     weights = {key: float(gain.bytes if saving == "bytes" else gain.flops_per_token) for key, gain in savings.items()}
-    choice = choose(loss, singles, weights, singles.baseline_loss + max_loss_increase, on_progress)
+    limit = singles.baseline_loss + max_loss_increase
+    choice = choose(loss, singles, weights, limit, on_progress)
+    trade_up(loss, choice, weights, limit, on_progress)
     return PrunePlan(
         model=identity_of(model),
         budget=Budget(max_loss_increase=max_loss_increase),
@@ -70,11 +79,11 @@ def choose(
     """Lazy greedy search: effects do not add, so the cheapest candidate is measured with all removals so far.
 
     When that shows it to be dearer than the next one it goes back into the queue with its new cost. One that would lead
-    above `limit` is refused for good.
+    above `limit` is refused for good. Removals that cost nothing come first, those that save most before the others.
     """
     choice = _Choice(singles.baseline_loss)
     fresh_at: dict[Candidate, int] = {}  # candidate → number of removals its queued cost was measured with
-    queue = [(increase / max(weights[key], 1.0), key) for key, increase in singles.increases.items()]
+    queue = [(_cost(increase, weights[key]), key) for key, increase in singles.increases.items()]
     heapq.heapify(queue)
     done, expected = 1 + len(queue), 1 + 2 * len(queue)
     while queue:
@@ -82,7 +91,7 @@ def choose(
         if layer in choice.removed:
             continue
         joint = loss({**choice.removed, layer: branch})
-        cost = (joint - choice.joint_loss) / max(weights[layer, branch], 1.0)
+        cost = _cost(joint - choice.joint_loss, weights[layer, branch])
         done += 1
         if joint > limit:
             choice.refused[layer, branch] = joint
@@ -92,12 +101,35 @@ def choose(
             heapq.heappush(queue, (cost, (layer, branch)))
             verdict = "looks dearer now"
         else:
-            choice.removed[layer] = branch
-            choice.loss_after[layer] = choice.joint_loss = joint
+            choice.take(layer, branch, joint)
             verdict = "taken out"
         on_progress(done, max(done, expected), f"layer {layer} without {branch}: joint loss {joint:.4f}, {verdict}")
     on_progress(done, done, f"{len(choice.removed)} branches taken out")
     return choice
+
+
+def _cost(increase: float, weight: float) -> tuple[float, float]:
+    """Loss per unit saved; a removal that costs nothing is not ranked by how much better it makes a noisy loss."""
+    return max(increase, 0.0) / max(weight, 1.0), -weight
+
+
+def trade_up(
+    loss: Callable[[Removed], float],
+    choice: _Choice,
+    weights: Mapping[Candidate, float],
+    limit: float,
+    on_progress: ProgressFn = silent,
+) -> None:
+    """Spend what is left of the budget: take the branch that saves more out of a layer instead of the one that went."""
+    gains = {layer: weights[layer, other_branch(out)] - weights[layer, out] for layer, out in choice.removed.items()}
+    layers = sorted((layer for layer, gain in gains.items() if gain > 0), key=lambda layer: -gains[layer])
+    for done, layer in enumerate(layers, start=1):
+        branch = other_branch(choice.removed[layer])
+        joint = loss({**choice.removed, layer: branch})
+        if joint <= limit:
+            choice.take(layer, branch, joint)
+        verdict = "traded" if joint <= limit else "too dear"
+        on_progress(done, len(layers), f"layer {layer} without {branch} instead: joint loss {joint:.4f}, {verdict}")
 
 
 def _layer_plan(
@@ -132,10 +164,10 @@ def _layer_plan(
 def _why_removed(index: int, branch: Branch, singles: RemovalMeasurement, choice: _Choice) -> str:
     alone = singles.increases[index, branch]
     joint = choice.loss_after[index] - singles.baseline_loss
-    before = list(choice.removed).index(index)
+    others = choice.others[index]
     return (
         f"measured: taking out {branch} alone changes the loss by {alone:+.4f}, "
-        f"after {before} other removals in all by {joint:+.4f}"
+        f"with {others} other removal{'s' * (others != 1)} in all by {joint:+.4f}"
     )
 
 

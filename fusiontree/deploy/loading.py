@@ -1,7 +1,6 @@
 """Models and tokenizers from folders that others made: safetensors and JSON only, no remote code."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,8 +116,3 @@ def copy_tokenizer_files(source: Path, target: Path) -> list[str]:
         path_inside(target, name, CheckpointError).write_bytes(original.read_bytes())
         copied.append(name)
     return copied
-
-
-def parameter_bytes(model: Any) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())

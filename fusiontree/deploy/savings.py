@@ -18,9 +18,8 @@ def branch_prefixes(layer: int, branch: str) -> tuple[str, ...]:
     """The state-dict prefixes that belong to one branch of one layer and to nothing else."""
     here = f"model.layers.{layer}."
     prefixes = f"{here}mixers.{branch}.", f"{here}alignment.inputs.{branch}."
-    return (
-        (*prefixes, f"{here}srte.") if branch == "mamba" else prefixes
-    )  # a layer's own time encoding feeds Mamba only
+    # A layer's own time encoding feeds Mamba only.
+    return (*prefixes, f"{here}srte.") if branch == "mamba" else prefixes
 
 
 def cut_config(config: Any, removed: dict[int, Branch]) -> Any:

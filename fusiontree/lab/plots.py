@@ -136,7 +136,7 @@ def _gate_heatmap(run: RunFolder) -> Figure | None:
     bar.outline.set_visible(False)
     bar.set_ticks([0.5 - reach, 0.5, 0.5 + reach])
     bar.ax.set_title("Mamba", fontsize=8, color=COLOURS["mamba"])
-    bar.ax.set_xlabel("attention", fontsize=8, color=COLOURS["attention"])
+    bar.ax.set_xlabel("attention", fontsize=8, color=COLOURS["attention"], labelpad=9)  # below the steps' numbers
     return figure
 
 

@@ -14,6 +14,7 @@ from fusiontree.lab.run_folder import RunFolder, read_run
 
 # Nothing may be loaded from anywhere, whatever text a run folder carries.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+PARTS = ("config.yaml", "metrics.jsonl", "gates.jsonl", "plan.json", "slim.json")  # any of them makes a run folder
 LEARNING = ["loss", "learning_rate", "throughput", "gradient_norm"]
 GATES = ["gate_heatmap", "gate_distribution", "gate_by_class", "branch_norms", "branch_norms_by_layer"]
 
@@ -21,10 +22,12 @@ GATES = ["gate_heatmap", "gate_distribution", "gate_by_class", "branch_norms", "
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` and `plots/*.png` into a run folder and return the page's path.
 
-    Parts the run does not have are left out with a line saying so. Raises DataError when `run_dir` is not a folder or
-    cannot be written.
+    Parts the run does not have are left out with a line saying so. Raises DataError when `run_dir` is not a run folder
+    or cannot be written.
     """
     run = read_run(run_dir)
+    if not any((run.path / name).exists() for name in PARTS):
+        raise DataError(f"report: {run.path} is not a run folder: none of {', '.join(PARTS)} is in it")
     target = run.path / "report.html"
     try:
         svgs = _draw(run)
@@ -63,8 +66,12 @@ def _count_parameters(run: RunFolder) -> int | None:
     from fusiontree.models.config import HybridConfig
 
     try:
-        return account(HybridConfig(**run.model)).total_parameters
-    except (FusionTreeError, TypeError, ValueError) as error:
+        if run.model_folder is not None:  # config.json writes some numbers its own way, infinity for one
+            config = HybridConfig.from_pretrained(run.model_folder, local_files_only=True)
+        else:
+            config = HybridConfig(**run.model)
+        return account(config).total_parameters
+    except (FusionTreeError, OSError, TypeError, ValueError) as error:
         run.notes.append(f"parameters cannot be counted: {error}")
         return None
 

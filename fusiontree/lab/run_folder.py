@@ -28,6 +28,7 @@ class RunFolder:
     gates: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
     model: Row = field(default_factory=dict)
+    model_folder: Path | None = None  # the newest checkpoint with a readable config.json, which `model` is from
     plan: PrunePlan | None = None
     slim: list[Row] = field(default_factory=list)
     healing: list[Row] = field(default_factory=list)  # training lines of the short distillation after pruning
@@ -167,6 +168,7 @@ def _model_config(run: RunFolder) -> Row:
     for folder in sorted(run.path.glob("checkpoints/step-*[0-9]"), reverse=True):
         found = _read_object(run, str(folder.relative_to(run.path) / "config.json"))
         if found:
+            run.model_folder = folder
             return found
     try:
         config = yaml.safe_load(run.config_text) or {}

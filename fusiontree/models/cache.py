@@ -45,6 +45,21 @@ def insert_past(past: Tensor, new: Tensor, pads: Tensor | None) -> Tensor:
     return joined.gather(1, source.view(*source.shape, *[1] * (joined.ndim - 2)).expand_as(joined))
 
 
+def _shapes(config: HybridConfig, batch: int, seen: int) -> dict[str, tuple[int | None, ...]]:
+    """Shape of each part of a layer after `seen` tokens; None where it may differ between layers."""
+    channels = config.mamba_inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
+    rows: tuple[int | None, ...] = (batch,)
+    return {
+        "conv_state": (batch, channels, config.mamba_d_conv - 1),
+        "ssm_state": (batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_d_state),
+        "local": (2, batch, None, None, config.head_dim),
+        "global": (2, batch, None, seen, config.head_dim),
+        "age": rows,
+        "position": rows,
+        "seq_idx": rows,
+    }
+
+
 class KVBuffer:
     """Keys and values in order of time. With a window it shows the last W - 1 before the new ones; without, all."""
 
@@ -169,6 +184,7 @@ class HybridCacheLayer(CacheLayerMixin):
         self.everywhere.replace(parts["global"])
         self.progress = Progress(seen, parts["age"], parts["position"], parts["seq_idx"], dense)
         self.is_initialized = any(t is not None for t in parts.values())
+        self._forget_undo()
 
     def fork(self) -> HybridCacheLayer:
         """An independent copy: neither sees what the other does later."""
@@ -188,7 +204,6 @@ class HybridCacheLayer(CacheLayerMixin):
             for name, t in self.parts().items()
         }
         self.set_parts(moved, self.progress.seen, self.progress.dense)
-        self._forget_undo()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = self._rows()
@@ -197,7 +212,6 @@ class HybridCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.set_parts(dict.fromkeys(self.parts()), 0, True)
-        self._forget_undo()
 
     def activate_past_recording(self) -> None:
         """From now on tokens can be taken back with `crop`, which ends the record of those before it."""
@@ -215,8 +229,13 @@ class HybridCacheLayer(CacheLayerMixin):
         self.forwards.append(Forward(tokens, progress_after))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last |n| tokens, all of them recorded since the last `crop`; 0 only ends the record."""
-        count = abs(tokens_to_remove)
+        """Take back the last -n tokens, all of them recorded since the last `crop`; 0 only ends the record.
+
+        n is negative, as in transformers, where a positive number once was the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number")
+        count = -tokens_to_remove
         recorded = sum(forward.tokens for forward in self.forwards)
         if count > recorded:
             raise ValueError(
@@ -229,14 +248,15 @@ class HybridCacheLayer(CacheLayerMixin):
         self._forget_undo()
 
     def _go_back(self, count: int) -> None:
-        kept = -count
+        at, kept = len(self.forwards), -count
         while kept < 0:
-            forward = self.forwards.pop()
-            kept += forward.tokens
+            at -= 1
+            kept += self.forwards[at].tokens
+        forward = self.forwards[at]
+        if forward.progress is not None:
+            self.progress = forward.progress(kept)  # may refuse, and then nothing has changed yet
         if forward.states is not None:
             self.conv_state, self.ssm_state = forward.states(kept)
-        if forward.progress is not None:
-            self.progress = forward.progress(kept)
         for buffer in (self.local, self.everywhere):
             if buffer.store is not None:
                 buffer.drop_last(count)
@@ -281,6 +301,7 @@ class HybridCache(Cache):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(layers=[HybridCacheLayer(spec.sliding_window) for spec in config.layer_specs])
         self.layout = json.dumps({"layers": config.layers, **{name: getattr(config, name) for name in _SIZES}})
+        self.config = config
 
     @property
     def progress(self) -> Progress:
@@ -301,7 +322,7 @@ class HybridCache(Cache):
         self.layers[0].progress = after
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last |n| tokens, recorded since `activate_past_recording` or the last `crop`."""
+        """Take back the last -n tokens, recorded since `activate_past_recording` or the last `crop`; n ≤ 0."""
         for layer in self.layers:
             layer.crop(tokens_to_remove)
 
@@ -330,10 +351,32 @@ class HybridCache(Cache):
             raise CheckpointError(f"{path}: not a readable cache file ({error})") from None
         if meta.get("layout") != self.layout:
             raise CheckpointError(f"{path}: this cache belongs to a model with other layers or sizes")
+        seen, dense = meta.get("seen", ""), meta.get("dense", "")
+        if not seen.isdecimal() or dense not in ("0", "1"):
+            raise CheckpointError(f"{path}: not a cache file: seen={seen[:20]!r}, dense={dense[:20]!r}")
+        if problem := self._misfit(tensors, int(seen)):
+            raise CheckpointError(f"{path}: {problem}")
         for i, layer in enumerate(self.layers):
-            parts = {name: tensors.get(f"{i}.{name}") for name in layer.parts()}
-            layer.set_parts(parts, int(meta["seen"]), meta["dense"] == "1")
+            layer.set_parts({name: tensors.get(f"{i}.{name}") for name in layer.parts()}, int(seen), dense == "1")
         return self
+
+    def _misfit(self, tensors: dict[str, Tensor], seen: int) -> str | None:
+        """What of a file's tensors cannot belong to this cache after `seen` tokens; kernels trust sizes and dtypes."""
+        names = {f"{i}.{name}": name for i, layer in enumerate(self.layers) for name in layer.parts()}
+        if unknown := sorted(tensors.keys() - names.keys()):
+            return f"unknown part {unknown[0][:40]!r}"
+        if seen and not {"0.age", "0.position"} <= tensors.keys():
+            return "the rows' ages or positions are missing"
+        batch = len(tensors["0.age"]) if seen and tensors["0.age"].ndim else 0
+        expected = _shapes(self.config, batch, seen)
+        for full, t in tensors.items():
+            shape, dtype = expected[names[full]], t.dtype
+            fits = t.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, t.shape, strict=True))
+            whole, exact = t.ndim == 1, names[full] == "ssm_state"
+            allowed = dtype == torch.int64 if whole else dtype == torch.float32 if exact else dtype.is_floating_point
+            if not fits or not allowed:
+                return f"part {full} cannot be {tuple(t.shape)} of {t.dtype}"
+        return None
 
     def _named_parts(self) -> Iterator[tuple[str, Tensor]]:
         for i, layer in enumerate(self.layers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.hybrid_block import LayerOutput, build_block
 from fusiontree.models.init import init_module, mark_no_weight_decay
+from fusiontree.models.inputs import check_labels, check_tokens, described, valid_tokens
 from fusiontree.models.linear import Linear
 from fusiontree.models.norms import RMSNorm
 from fusiontree.models.positions import Positions, RotaryTable
@@ -119,15 +121,16 @@ class HybridModel(HybridPreTrainedModel):
     ) -> _Stack:
         """inputs_embeds (B, L, H); attention_mask (B, past + L), 0 at padding anywhere; position_ids (B, L) restart at
         0 at each document; seq_idx (B, L) names documents. A warm `past_key_values` is continued and advanced."""
-        x, shape = inputs_embeds, inputs_embeds.shape[:2]
-        valid = _valid_tokens(attention_mask, shape[1])
-        position_ids, seq_idx = (None if t is None else t.expand(shape) for t in (position_ids, seq_idx))
-        rows = Rows((shape[0], shape[1]), x.device, valid, position_ids, seq_idx)
+        x, (batch, length) = inputs_embeds, inputs_embeds.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        valid = valid_tokens(attention_mask, batch, length, past)
+        position_ids = described("position_ids", position_ids, batch, length)
+        rows = Rows((batch, length), x.device, valid, position_ids, described("seq_idx", seq_idx, batch, length))
         order = None if valid is None else normal_order(valid)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
-            rows = rows.map(lambda t: t.gather(1, order), shape[1])
-        positions, segments = self._lay_out(x, rows, past_key_values)
+            rows = rows.map(lambda t: t.gather(1, order), length)
+        positions, segments = self._lay_out(x, rows, past_key_values, order is not None)
         x, hidden_states, outputs = self._run_layers(x, positions, segments, past_key_values, keep_hidden, watch)
         stack = _Stack(x, hidden_states, outputs, segments.starts)
         if order is not None:
@@ -144,7 +147,8 @@ class HybridModel(HybridPreTrainedModel):
         watch: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[LayerOutput]]:
         removed = {**self._dropped_branches(), **self.removed_branches}
-        recomputes = self.gradient_checkpointing and self.training
+        # A cache would be written a second time by the recomputation.
+        recomputes = self.gradient_checkpointing and self.training and cache is None
         kept = [x] if keep_hidden else None
         outputs = []
         for i, block in enumerate(self.layers):
@@ -164,14 +168,20 @@ class HybridModel(HybridPreTrainedModel):
             kept[-1] = x  # transformers' convention: the last one is what the head sees
         return x, None if kept is None else tuple(kept), outputs
 
-    def _lay_out(self, x: Tensor, rows: Rows, cache: HybridCache | None) -> tuple[Positions, Segments]:
+    def _lay_out(self, x: Tensor, rows: Rows, cache: HybridCache | None, moved: bool) -> tuple[Positions, Segments]:
+        """`moved`: the rows' tokens do not stand in the caller's order."""
         past = Progress() if cache is None else cache.progress
+        if past.age is not None and past.age.shape[0] != rows.shape[0]:
+            raise ValueError(f"past_key_values holds {past.age.shape[0]} rows, the input has {rows.shape[0]}")
         ids, segments, after = lay_out(rows, past)
         if cache is not None:
-            cache.advance(after, lambda kept: lay_out(rows.map(lambda t: t[:, :kept], kept), past)[2] if kept else past)
+            cache.advance(after, partial(_progress_after, rows, past, segments.pads, moved))
         longest = past.seen + rows.shape[1]
         if rows.position_ids is not None:
-            longest = max(longest, int(ids.max()) + 1)
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0:
+                raise ValueError(f"position_ids must not be negative; the smallest is {low}")
+            longest = max(longest, high + 1)
         positions = Positions(ids, longest)
         if self.uses_attention:
             positions.rotary = self.rotary.lookup(ids, longest, autocast_dtype(x))
@@ -240,17 +250,26 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         `branch_rms` the detached root mean square (2,) of each branch's output. logits_to_keep: only the last n logits.
         skip_logits: with `labels`, compute the loss without the logits ever standing in memory; `logits` is then None.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_tokens(input_ids, inputs_embeds)
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: attention weights are never formed; use output_gates to look inside")
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         cache = self._cache_for(past_key_values, use_cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        stack = self.model(
-            inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
-        )
+        watched = bool(output_hidden_states) or output_gates or labels is not None
+        if torch.is_grad_enabled() or watched or inputs_embeds.shape[1] <= piece_length(inputs_embeds):
+            stack = self.model(
+                inputs_embeds, attention_mask, position_ids, seq_idx, cache, bool(output_hidden_states), output_gates
+            )
+        else:
+            stack = self._in_pieces(inputs_embeds, attention_mask, position_ids, seq_idx, cache)
         loss = logits = None
+        if labels is not None:
+            check_labels(labels, *inputs_embeds.shape[:2])
+            if not skip_logits and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError("labels need the logits of every token: leave logits_to_keep out, or set skip_logits")
         if not (skip_logits and labels is not None):
             rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(stack.hidden[:, rows])
@@ -264,6 +283,28 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             gates=tuple(out.gate for out in stack.outputs) if output_gates else None,
             branch_rms=tuple(out.branch_rms for out in stack.outputs) if output_gates else None,
         )
+
+    def _in_pieces(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cache: HybridCache | None,
+    ) -> _Stack:
+        """A long text that needs no gradient, piece by piece through the cache: the same numbers, bounded memory."""
+        cache = HybridCache(self.config) if cache is None else cache
+        rows, length = x.shape[:2]
+        valid = valid_tokens(attention_mask, rows, length, cache.progress.seen)
+        position_ids, seq_idx = (
+            described(name, t, rows, length) for name, t in (("position_ids", position_ids), ("seq_idx", seq_idx))
+        )
+        hidden = []
+        for begin in range(0, length, piece_length(x)):
+            piece = slice(begin, begin + piece_length(x))
+            mask, ids, documents = (None if t is None else t[:, piece] for t in (valid, position_ids, seq_idx))
+            hidden.append(self.model(x[:, piece], mask, ids, documents, cache).hidden)
+        return _Stack(torch.cat(hidden, dim=1), None, [], None)
 
     def _loss(self, stack: _Stack, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
         """Mean cross entropy of each token given those before it, never across the start of a document."""
@@ -316,26 +357,40 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             if cache.get_seq_length() > 0:
                 raise TypeError(f"past_key_values must be a HybridCache, not a filled {type(cache).__name__}")
             return HybridCache(self.config)
+        if len(cache.layers) != len(self.model.layers):
+            raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {len(self.model.layers)}")
         return cache
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            cache = model_kwargs["past_key_values"] = HybridCache(self.config)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()  # its guesses are taken back where the main model disagrees
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={kind!r}: this model keeps a HybridCache of its own; leave it out")
+        if generation_config.use_cache is False and model_kwargs.get("past_key_values") is None:
+            return
+        cache = model_kwargs["past_key_values"] = self._cache_for(model_kwargs.get("past_key_values"), True)
+        if generation_config.is_assistant and cache is not None:
+            cache.activate_past_recording()  # its guesses are taken back where the main model disagrees
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Parameters lose what is marked on them when a model is pickled or deep-copied."""
+        super().__setstate__(state)
+        mark_no_weight_decay(self)
 
 
-def _valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(B, L) bool for the new tokens, None when all are real. Any integer, bool or float mask of 0 and 1 will do."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-        shape = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask must be (batch, past + {length}) with 0 at padding, not {shape}")
-    valid = attention_mask[:, -length:] != 0
-    return None if bool(valid.all()) else valid
+def piece_length(x: Tensor) -> int:
+    """Tokens that one pass over x (B, L, H) takes at once when no gradient is wanted."""
+    # Past a few thousand tokens a CPU spends its time on fetching fresh memory for every intermediate result.
+    return max(512, 2048 // max(1, x.shape[0])) if x.device.type == "cpu" else 32768
+
+
+def _progress_after(rows: Rows, past: Progress, pads: Tensor | None, moved: bool, kept: int) -> Progress:
+    """Where the rows stood had only the first `kept` tokens come; refused where these are not the caller's first."""
+    warm = past.age is not None
+    if (moved and kept) or (warm and pads is not None and int(pads.max()) > kept):
+        raise ValueError("cannot take back tokens of a forward whose padding is among or behind them")
+    return lay_out(rows.map(lambda t: t[:, :kept], kept), past)[2] if kept else past
 
 
 AutoConfig.register("fusiontree", HybridConfig)

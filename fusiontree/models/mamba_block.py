@@ -36,9 +36,10 @@ class MambaBlock(nn.Module):
         self.in_proj = Linear(config.hidden_size, self.inner + self.channels + self.heads)
         self.conv_weight = nn.Parameter(torch.empty(self.channels, config.mamba_d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.channels))
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.D = nn.Parameter(torch.empty(self.heads))
+        # fp32 also in a model that is built in another dtype.
+        self.dt_bias, self.A_log, self.D = (
+            nn.Parameter(torch.empty(self.heads, dtype=torch.float32)) for _ in range(3)
+        )
         self.norm = GatedRMSNorm(self.inner, self.groups, config.norm_eps)
         self.out_proj = Linear(self.inner, config.hidden_size)
 

@@ -103,11 +103,14 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
     for begin in range(0, length, size):
         end = min(begin + size, length)
         upto = keys - length + end
-        block_reach = None if reach is None else reach[:, begin:end]
-        build = partial(_visible, end - begin, upto, None, block_reach, q.device)
-        # Only a mask that covers all queries is worth keeping: with several blocks they would add up to L².
-        memo = masks if size == length else {}
-        mask = _remembered(memo, ("all", length, keys), q.dtype, build)
+        if reach is None:
+            # Who sees whom depends on the distance alone: the mask of the last block, cut on the left, serves all.
+            build = partial(_visible, size, keys, None, None, q.device)
+            mask = _remembered(masks, ("last", size, keys), q.dtype, build)[begin - end :, keys - upto :]
+        else:
+            build = partial(_visible, end - begin, upto, None, reach[:, begin:end], q.device)
+            # Only a mask that covers all queries is worth keeping: with several blocks they would add up to L².
+            mask = _remembered(masks if size == length else {}, ("all", length, keys), q.dtype, build)
         outputs.append(_sdpa(q[:, :, begin:end], k[:, :, :upto], v[:, :, :upto], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

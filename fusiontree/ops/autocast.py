@@ -19,7 +19,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device.type  # type: ignore[attr-defined]
-        if not torch.is_autocast_enabled(device):
+        if not _enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
@@ -30,4 +30,8 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype matrix products with x run in: autocast's where it is on, else x's own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if _enabled(device) else x.dtype
+
+
+def _enabled(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # a model without memory knows no autocast

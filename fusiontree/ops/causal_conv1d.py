@@ -57,7 +57,8 @@ def causal_conv1d(
     else:
         new_state = new_state * _own_tail(starts, width - 1)[..., None]
         y = _ConvSiLU.apply(past, weight, bias, *_near_starts(starts, width))
-    return y, new_state.transpose(1, 2)
+    # A copy: a cache that kept a view would keep the whole input alive.
+    return y, new_state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _near_starts(starts: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (…, I) times weight (O, I) transposed → (…, O), in x's dtype."""
     out, size = weight.shape
     rows = x.numel() // size
-    kernel = native.kernel("gemv", x, rows)
-    if kernel is None or x.dtype != weight.dtype or not weight.is_contiguous():
+    kernel = native.kernel("gemv", rows, x, weight)
+    if kernel is None or x.shape[-1] != size or not weight.is_contiguous():
         return F.linear(x, weight)
     wide = x.float().contiguous()
     y = x.new_empty((*x.shape[:-1], out))

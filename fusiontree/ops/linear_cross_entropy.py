@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fusiontree.ops.autocast import autocast_dtype
 
@@ -19,12 +20,12 @@ _CHUNK_ELEMENTS = 1 << 23  # logits that stand in memory at once
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over targets ≥ 0 of the cross entropy of hidden (T, H) times weight (V, H) transposed, all at once."""
+    """Sum over targets (T,), -100 ignored, of the cross entropy of hidden (T, H) times weight (V, H) transposed."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=_IGNORED, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The same in chunks of tokens: hidden (T, H), weight (V, H), targets (T,) with -100 ignored → fp32 scalar sum."""
+    """The same in chunks of tokens → fp32 scalar. Differentiable once."""
     dtype = autocast_dtype(hidden)
     total: Tensor = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
     return total
@@ -50,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         grad_hidden, grad_weight = (None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
@@ -59,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss and the gradient with respect to the logits (t, V), in their dtype."""
     counted = targets != _IGNORED
-    targets = targets.clamp_min(0)[:, None]
+    targets = targets.masked_fill(~counted, 0)[:, None]  # any other negative is refused by gather
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = -(log_probabilities.gather(1, targets)[:, 0] * counted).sum()
     grad = log_probabilities.exp_()

@@ -47,22 +47,34 @@ def mamba_step(
 
     Returns y (B, E), ready for the output projection, and both new states.
     """
-    kernel = native.kernel("mamba_step", projected, projected.shape[0])
-    same = all(t.dtype == projected.dtype for t in (conv_state, weights.conv_weight, weights.conv_bias, weights.norm))
-    if kernel is None or not same:
+    same = (projected, conv_state, weights.conv_weight, weights.conv_bias, weights.norm)  # in dtype
+    kernel = native.kernel("mamba_step", projected.shape[0], *same)
+    if kernel is None or not _fits(projected, conv_state, ssm_state, weights, sizes):
         return mamba_step_reference(projected, conv_state, ssm_state, weights, sizes)
     projected, conv_state, ssm_state = projected.contiguous(), conv_state.contiguous(), ssm_state.contiguous()
-    inner, channels = sizes.heads * sizes.head_dim, conv_state.shape[1]
+    rows, inner, channels = projected.shape[0], sizes.heads * sizes.head_dim, conv_state.shape[1]
     new_conv, new_ssm = torch.empty_like(conv_state), torch.empty_like(ssm_state)
-    y = projected.new_empty(projected.shape[0], inner)
-    scratch = torch.empty(projected.shape[0], channels + inner)
-    per_head = [t.float() for t in (weights.dt_bias, weights.A_log, weights.D)]
+    y, scratch = projected.new_empty(rows, inner), ssm_state.new_empty(rows, channels + inner)
+    per_head = [t.float().contiguous() for t in (weights.dt_bias, weights.A_log, weights.D)]
     states = [conv_state, new_conv, ssm_state, new_ssm]
-    tensors = [projected, *states, weights.conv_weight, weights.conv_bias, *per_head, weights.norm, y, scratch]
-    width = weights.conv_weight.shape[1]
-    counts = (projected.shape[0], sizes.heads, sizes.head_dim, sizes.state, sizes.groups, width)
+    small = [t.contiguous() for t in (weights.conv_weight, weights.conv_bias)]
+    tensors = [projected, *states, *small, *per_head, weights.norm.contiguous(), y, scratch]
+    counts = (rows, sizes.heads, sizes.head_dim, sizes.state, sizes.groups, weights.conv_weight.shape[1])
     kernel(*(t.data_ptr() for t in tensors), *counts, *sizes.dt_limit, sizes.eps)
     return y, new_conv, new_ssm
+
+
+def _fits(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaWeights, sizes: MambaSizes) -> bool:
+    """Whether the states are of these sizes: the kernel reads by them, whatever it is given."""
+    rows, inner = projected.shape[0], sizes.heads * sizes.head_dim
+    channels, width = inner + 2 * sizes.groups * sizes.state, weights.conv_weight.shape[1]
+    return (
+        projected.shape == (rows, inner + channels + sizes.heads)
+        and conv_state.shape == (rows, channels, width - 1)
+        and ssm_state.shape == (rows, sizes.heads, sizes.head_dim, sizes.state)
+        and ssm_state.dtype == torch.float32
+        and ssm_state.device == projected.device
+    )
 
 
 def mamba_step_reference(

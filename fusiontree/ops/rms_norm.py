@@ -19,8 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same by the fastest means at hand."""
     size = weight.shape[0]
     rows = x.numel() // size
-    kernel = native.kernel("rms_norm", x, rows)
-    if kernel is None or x.dtype != weight.dtype:
+    kernel = native.kernel("rms_norm", rows, x, weight)
+    if kernel is None or x.shape[-1] != size or not weight.is_contiguous():
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     x = x.contiguous()
     y = torch.empty_like(x)

@@ -95,16 +95,20 @@ def ssd(
     total = log_decay[..., -1]
     visible, from_past, to_end, crosses = _chunk_masks(starts, Q, n, x.device)
 
-    x_h = _chunked(x, Q, n).transpose(2, 3)  # (B, C, H, Q, P)
+    x_h = _chunked(x, Q, n).transpose(2, 3).contiguous()  # (B, C, H, Q, P), copied once for all products
     B_g = _chunked(B, Q, n).transpose(2, 3)  # (B, C, G, Q, N)
     C_g = _chunked(C, Q, n).transpose(2, 3)
 
-    # Within a chunk: an attention-like (Q, Q) score per head (eq. 10's diagonal blocks).
+    # Within a chunk: an attention-like (Q, Q) score per head (eq. 10's diagonal blocks), D on the diagonal.
     decay = log_decay[..., :, None] - log_decay[..., None, :]
-    weights = torch.exp(decay.masked_fill(~visible, -torch.inf)) * dt_h[..., None, :]
-    scores = torch.matmul(C_g, B_g.transpose(-1, -2))  # (B, C, G, Q, Q)
-    scores = (scores[:, :, :, None] * weights.view(batch, n, groups, per_group, Q, Q)).to(dtype)
-    scores = scores.view(batch, n, heads, Q, Q)
+    weights = decay.masked_fill_(~visible, -torch.inf).exp_() * dt_h[..., None, :]
+    weights = weights.view(batch, n, groups, per_group, Q, Q)
+    scores = torch.matmul(C_g, B_g.transpose(-1, -2))[:, :, :, None]  # (B, C, G, 1, Q, Q)
+    if D is None:
+        scores = (scores * weights).to(dtype)
+    else:
+        diagonal = D.view(groups, per_group, 1, 1) * torch.eye(Q, device=x.device)
+        scores = torch.addcmul(diagonal, scores, weights).to(dtype)
 
     # What each chunk adds to the state, then the state that enters each chunk.
     into_state = torch.exp(total[..., None] - log_decay) * dt_h
@@ -119,11 +123,9 @@ def ssd(
     if from_past is not None:
         reads = reads * from_past
     reads = (C_g[:, :, :, None] * reads.view(batch, n, groups, per_group, Q, 1)).to(dtype)
-    y = torch.matmul(scores, x_h) + torch.matmul(
-        reads.view(batch, n, heads, Q, state_size), entering.to(dtype).transpose(-1, -2)
-    )
-    if D is not None:
-        y = torch.addcmul(y.float(), x_h.float(), D[:, None, None]).to(dtype)
+    carried = entering.to(dtype, memory_format=torch.contiguous_format).flatten(0, 2)
+    y = torch.bmm(reads.reshape(-1, Q, state_size), carried.transpose(1, 2))
+    y = torch.baddbmm(y, scores.reshape(-1, Q, Q), x_h.flatten(0, 2)).view(batch, n, heads, Q, head_dim)
     return y.transpose(2, 3).reshape(batch, n * Q, heads, head_dim)[:, :length], final
 
 
@@ -163,15 +165,15 @@ def _scan_chunks(
         initial = torch.zeros(batch, heads, *cell, dtype=torch.float32, device=written.device)
     if n > _SCAN_GROUP:
         return _scan_groups(written, log_decay, crosses, initial)
-    states = torch.cat([initial[:, None].float(), written], dim=1).flatten(3)  # (B, C+1, H, PN)
+    states = torch.cat([initial[:, :, None].float(), written.transpose(1, 2)], dim=2).flatten(3)  # (B, H, C+1, PN)
     reach = torch.cumsum(F.pad(log_decay, (0, 0, 1, 0)), dim=1).transpose(1, 2)  # (B, H, C+1)
     keep = torch.ones(n + 1, n + 1, dtype=torch.bool, device=written.device).tril()
     if crosses is not None:
         cuts = F.pad(crosses.cumsum(1), (1, 0))[:, None]  # (B, 1, C+1)
         keep = keep & (cuts[..., :, None] == cuts[..., None, :])
     decay = (reach[..., :, None] - reach[..., None, :]).masked_fill(~keep, -torch.inf).exp()
-    states = torch.matmul(decay, states.transpose(1, 2)).transpose(1, 2).unflatten(3, cell)
-    return states[:, :-1], states[:, -1]
+    states = torch.matmul(decay, states).unflatten(3, cell).transpose(1, 2)
+    return states[:, :-1], states[:, -1].clone()  # the last one alone: caches keep it
 
 
 def _scan_groups(written: Tensor, log_decay: Tensor, crosses: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,10 +153,8 @@ def gate_table(out: Path) -> Table:
         table.add_column(name, justify="left" if name == "alarm" else "right")
     alarms = {alarm["layer"]: alarm["kind"] for alarm in record["alarms"]}
     for row in record["layers"]:
-        spread, norms = (
-            f"{row['p05']:.2f} to {row['p95']:.2f}",
-            (f"{row['mamba_rms']:.3f}", f"{row['attention_rms']:.3f}"),
-        )
+        spread = f"{row['p05']:.2f} to {row['p95']:.2f}"
+        norms = f"{row['mamba_rms']:.3f}", f"{row['attention_rms']:.3f}"
         table.add_row(str(row["layer"]), f"{row['mean']:.3f}", spread, *norms, alarms.get(row["layer"], ""))
     return table
 
@@ -208,7 +206,8 @@ def _show_slim(result: SlimResult, console: Console) -> None:
         console.print(f"layer {entry.layer}: keep [bold]{entry.keep}[/bold] ({entry.why})", highlight=False)
     record = read_json(result.folders["pruned"] / EXPORT_MARK, MAX_FILE_BYTES, CheckpointError)
     error = record["relative_error"]
-    console.print(f"the export equals the masked original: largest relative difference of the logits {error:.1e}")
+    proof = f"largest relative difference of the logits {error:.1e}" if error else "the logits agree bit for bit"
+    console.print(f"the export equals the masked original: {proof}")
     console.print(slim_table(result.rows))
 
 

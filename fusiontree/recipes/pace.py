@@ -37,7 +37,8 @@ def find_pace(config: RunConfig, seconds: float) -> Pace:
     precision = min(trials, key=lambda name: trials[name])
     batch = _seconds(model, settings.micro_batch_size, settings.sequence_length, precision, repeats=2)
     step = batch * settings.accumulation_steps * OVERHEAD
-    removals = 4 * model.config.num_hidden_layers + 1  # each branch alone, then about as often jointly
+    # Each branch alone, then about as often jointly, then a trade in each layer.
+    removals = 5 * model.config.num_hidden_layers + 1
     return Pace(
         steps=max(20, int(TRAINING * seconds / step)),
         healing_steps=max(5, int(HEALING * seconds / (step * HEALING_COST))),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusiontree.data import check_vocabulary
-from fusiontree.errors import ConfigError
+from fusiontree.errors import ConfigError, FusionTreeError
 from fusiontree.models import HybridConfig, HybridLanguageModel
 from fusiontree.train.callbacks import Callback, Console, MetricsFile, TensorBoard, WandB
+from fusiontree.train.checkpoint import RunLock
 from fusiontree.train.config import RunConfig
 from fusiontree.train.gate_monitor import GateMonitor
 from fusiontree.train.jsonl import JsonLines
@@ -27,15 +31,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare_folder(run_dir: Path) -> None:
-    """Make the run folder; raises ConfigError before any work when it cannot be written."""
+@contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Make the run folder and keep other processes out of it.
+
+    Raises ConfigError before any work when it cannot be written. When the input turns out to be unusable before the run
+    begins (which writes config.yaml), a folder that was new is removed again.
+    """
+    new = _prepare(run_dir)
+    with RunLock(run_dir):
+        try:
+            yield
+        except FusionTreeError:
+            if new and not (run_dir / "config.yaml").exists():
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+def _prepare(run_dir: Path) -> bool:
+    """Make the folder and try to write in it; whether nothing was in it before."""
     probe = run_dir / "checkpoints" / "writable.tmp"
     try:
+        new = not run_dir.exists() or not any(run_dir.iterdir())
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"system.run_dir: {run_dir} cannot be written: {error.strerror or error}") from error
+    return new
 
 
 def seed_everything(seed: int) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fusiontree.train.jsonl import JsonLines
 
+# The bar's speed is that of the last ten minutes: a step may take longer than rich's 30 seconds.
+REMEMBERED_SECONDS = 600.0
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -90,7 +93,7 @@ class Console(Callback):
         self.rich = RichConsole(width=None if sys.stdout.isatty() else 200, highlight=False)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        self.first_step, self.started = 0, time.monotonic()
+        self.pace: tuple[int, float] | None = None  # step and time from which the time left is reckoned
 
     def say(self, line: str) -> None:
         """Print one line above the bar."""
@@ -99,15 +102,22 @@ class Console(Callback):
 
     def on_start(self, run: Snapshot) -> None:
         """Show the bar where there is a terminal."""
-        self.first_step, self.started = run.step, time.monotonic()
+        self.pace = None
         if self.mode == "auto" and self.rich.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.rich, expand=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=self.rich, expand=True, speed_estimate_period=REMEMBERED_SECONDS)
             self.task = self.progress.add_task("training", total=run.steps, completed=run.step)
             self.progress.start()
 
     def on_step(self, run: Snapshot) -> None:
-        """Move the bar."""
+        """Move the bar; the time left is reckoned from the end of this process's first step, which warms up."""
+        if self.pace is None:
+            self.pace = (run.step, time.monotonic())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=run.step)
 
@@ -116,13 +126,18 @@ class Console(Callback):
         if "loss" in metrics and self.progress is not None and self.task is not None:
             self.progress.update(self.task, description=_figures(metrics))
         elif "loss" in metrics:
-            done, seconds = max(run.step - self.first_step, 1), time.monotonic() - self.started
-            left = (run.steps - run.step) * seconds / done
-            self.say(f"step {run.step}/{run.steps}  {_figures(metrics)}  eta {_clock(left)}")
+            self.say(f"step {run.step}/{run.steps}  {_figures(metrics)}{self._time_left(run)}")
         else:
             shown = (f"{key.replace('_', ' ')} {value:.4f}" for key, value in metrics.items() if key != "step")
             figures = "  ".join(shown)
             self.say(f"step {run.step}/{run.steps}  {figures}")
+
+    def _time_left(self, run: Snapshot) -> str:
+        """Steps to go at the mean speed so far, validation and saving included; nothing before a step was timed."""
+        if self.pace is None or run.step == self.pace[0]:
+            return ""
+        step, since = self.pace
+        return f"  eta {_clock((run.steps - run.step) * (time.monotonic() - since) / (run.step - step))}"
 
     def on_finish(self, run: Snapshot) -> None:
         """Take the bar down."""

@@ -244,6 +244,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: expected section.key=value, for example training.lr=1e-3")
+    if not text.strip():
+        raise ConfigError(f"override {override!r}: a value is missing after =; null says that there is none")
     node: Any = content
     for depth, key in enumerate(keys):
         where: Any = key
@@ -274,6 +276,9 @@ def _describe(item: Any, *prefix: str) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{field}: {message}" if field else message
+    if item["type"] in ("model_type", "dict_type"):
+        given = "is empty" if item["input"] is None else f"is {item['input']!r}"
+        return f"{field}: {given}; expected key: value pairs, or leave it out for the defaults"
     return f"{field}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
 
 
@@ -290,5 +295,5 @@ def _keys_beside(location: Sequence[Any]) -> list[str]:
 
 
 def _hint(key: str, allowed: Sequence[str]) -> str:
-    close = get_close_matches(key, allowed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed))}"
+    close = get_close_matches(key, allowed, n=1, cutoff=0.8) or get_close_matches(key, allowed, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed: {', '.join(sorted(allowed))}"

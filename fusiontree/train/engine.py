@@ -22,12 +22,12 @@ from fusiontree.train.build import (
     build_callbacks,
     build_model,
     choose_device,
-    prepare_folder,
     prepare_model,
+    run_folder,
     set_checkpointing,
 )
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import RunLock, step_folder
+from fusiontree.train.checkpoint import step_folder
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.losses import HybridModelLoss, phase_at, target_mask
@@ -57,9 +57,8 @@ def train(
     first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the loss is not finite.
     """
     run_dir = Path(config.system.run_dir)
-    prepare_folder(run_dir)
     try:
-        with RunLock(run_dir):
+        with run_folder(run_dir):
             trainer = Trainer(config, run_dir, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
@@ -102,7 +101,8 @@ class Trainer:
         self.validation: Validation | None = None
         self.progress = Progress()
         self.clock = (time.monotonic(), 0)  # when and at how many tokens the next line's speed begins
-        self.stop = StopSignals()
+        quiet = config.logging.console == "off"
+        self.stop = StopSignals("" if quiet else "stopping: the step is finished and saved first")
 
     def hold_out(self, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None) -> None:
         """Take the validation batches; none when the settings hold nothing out."""
@@ -273,7 +273,9 @@ class Trainer:
             self.progress, loader_state = self.store.restore(folder, self.callbacks)
             self._enter_stage()
             self.loader.load_state_dict(loader_state)
-            self.console.say(f"going on from step {self.progress.step} of {self.settings.steps} ({folder})")
+            done = self.progress.step >= self.settings.steps
+            how = "finished already; a larger training.steps goes on from" if done else "going on from"
+            self.console.say(f"{how} step {self.progress.step} of {self.settings.steps} ({folder})")
         self.store.trim_logs(self.progress.step if folder is not None else -1)
         self._introduce()
         text = write_yaml(self.config.model_dump(mode="json"))
@@ -286,7 +288,7 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         say(f"model: {parameters / 1e6:.2f} M parameters on {self.strategy.device}")
         tokens = self.loader.tokens_per_epoch
-        say(f"data: {bad.summary()}; {f'{tokens / 1e6:.2f} M tokens per epoch' if tokens else 'read as a stream'}")
+        say(f"data: {bad.summary()}, {f'{tokens / 1e6:.2f} M tokens per epoch' if tokens else 'read as a stream'}")
         for example in bad.examples[:5]:
             say(f"warning: skipped {example}")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT only set `requested`; asked twice is asked once, so a save is never torn."""
+    """While entered, SIGTERM and SIGINT only set `requested`; asked twice is asked once, so a save is never torn.
 
-    def __init__(self) -> None:
+    `notice` is shown on standard error at the first signal: a step and a save can take a while.
+    """
+
+    def __init__(self, notice: str = "") -> None:
         self.requested = False
+        self.notice = notice
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -21,6 +26,9 @@ class StopSignals:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.notice and not self.requested:
+            # Past Python's streams, which may be in the middle of a write of their own.
+            os.write(2, f"\n{self.notice}\n".encode())
         self.requested = True
 
     def __exit__(self, *details: object) -> None:

@@ -16,9 +16,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        twice = next((i for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+            mark = node.value[twice][0].start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"key {keys[twice]!r} is given twice", mark)
         return super().construct_mapping(node, deep)
 
 
@@ -37,7 +38,15 @@ def _load(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: not valid YAML: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What is wrong and at which line, without the drawing that PyYAML adds."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -46,9 +55,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder; give a YAML file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     content = _load(text, str(path))
+    if content is None:
+        raise ConfigError(f"{path}: is empty; expected sections (model:, training:, ...)")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections (model:, training:, ...), found {type(content).__name__}")
     return content

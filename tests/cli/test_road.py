@@ -69,7 +69,10 @@ def test_prune_measures_on_named_files(call: Call, run: Path, corpus: Path, tmp_
         "--batches",
         "1",
     )
+    (run / "gates.jsonl").rename(tmp_path / "gates.jsonl")
+    (run / "gates.jsonl").write_text("", encoding="utf-8")  # as a run leaves it that was too short for a line
     result = call(*words, env={"FUSIONTREE_CACHE": str(tmp_path)})
+    (tmp_path / "gates.jsonl").replace(run / "gates.jsonl")
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["budget"] == {"max_loss_increase": 0.0}
 
@@ -100,6 +103,15 @@ def test_chat_answers_until_an_empty_line(call: Call, run: Path) -> None:
     assert result.stdout.count("> ") == 4
 
 
+def test_a_conversation_that_grows_too_long_is_not_the_end(call: Call, run: Path) -> None:
+    long = "the state is read " * 8
+    result = call("chat", run, "--max-new-tokens", "16", input=f"{long}\n" * 8 + "/reset\nhello\n\n")
+    assert result.exit_code == 0, result.output
+    assert "/reset makes room" in result.stderr
+    alone = call("chat", run, "--max-new-tokens", "255", input=f"{long}\n")
+    assert alone.exit_code == 2 and "shorten one of them" in alone.stderr
+
+
 @pytest.mark.parametrize("target", ["config", "run", "checkpoint", "pruned"])
 def test_info_counts_what_the_weights_hold(target: str, call: Call, config: Path, run: Path, pruned: Path) -> None:
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
@@ -115,7 +127,9 @@ def test_info_counts_what_the_weights_hold(target: str, call: Call, config: Path
 def test_report_writes_a_page(call: Call, run: Path) -> None:
     result = call("report", run)
     assert result.exit_code == 0, result.output
-    assert (run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert ">Parameters<" in page and "Left out" not in page
 
 
 def test_tokenizer_and_data_make_folders_that_train_takes(

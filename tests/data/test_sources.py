@@ -86,7 +86,7 @@ def test_short_blank_and_empty_documents_are_left_out_and_counted(tmp_path: Path
     texts, bad = read(SourceConfig(path=f"{tmp_path}/*.jsonl", min_length=3))
     assert texts == ["abc", "abcdef"]
     assert (bad.documents, bad.short, bad.count) == (2, 7, 0)
-    with pytest.raises(DataError, match=r"no documents \(0 bad records, 9 shorter than min_length\)"):
+    with pytest.raises(DataError, match=r"no documents \(0 bad records, 9 empty or shorter than min_length\)"):
         read(SourceConfig(path=f"{tmp_path}/*.jsonl", min_length=7))
 
 

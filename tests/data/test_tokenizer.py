@@ -133,8 +133,18 @@ def test_vocabulary_check_names_both_numbers() -> None:
 
 def test_resolving_trains_or_loads_once_and_then_keeps_the_runs_own(source: SourceConfig, tmp_path: Path) -> None:
     trained = resolve_tokenizer(TokenizerConfig(train_vocab_size=280), [source], tmp_path / "run/tokenizer")
-    again = resolve_tokenizer(TokenizerConfig(path="byte"), [source], tmp_path / "run/tokenizer")
+    again = resolve_tokenizer(TokenizerConfig(train_vocab_size=280), [source], tmp_path / "run/tokenizer")
     assert tokenizer_hash(trained) == tokenizer_hash(again) and len(again) == 280
+    moved = TokenizerConfig(path=str(tmp_path / "run/tokenizer"))  # the same one under another name
+    assert len(resolve_tokenizer(moved, [source], tmp_path / "run/tokenizer")) == 280
+    other_text = source.model_copy(update={"min_length": 7})
+    for config, text in (
+        (TokenizerConfig(path="byte"), source),
+        (TokenizerConfig(train_vocab_size=281), source),
+        (TokenizerConfig(train_vocab_size=280), other_text),
+    ):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer: .*made with other settings or text"):
+            resolve_tokenizer(config, [text], tmp_path / "run/tokenizer")
     copied = resolve_tokenizer(TokenizerConfig(path="byte"), [], tmp_path / "other")
     assert tokenizer_hash(copied) == tokenizer_hash(BYTES) and (tmp_path / "other/tokenizer.json").exists()
     with pytest.raises(ConfigError, match="give path"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusiontree.deploy.greedy import choose, make_plan
+from fusiontree.deploy.greedy import choose, make_plan, trade_up
 from fusiontree.deploy.measure import RemovalLoss, RemovalMeasurement, Removed, measure_removal
 from fusiontree.deploy.plan import Branch, removals
 from fusiontree.deploy.propose import GateObservation, propose_from_gates
@@ -65,6 +65,26 @@ def test_the_loss_is_weighed_against_what_is_saved() -> None:
     assert choose(loss, singles(loss), dict.fromkeys(KEYS, 1.0), 4.035).removed == {0: M}
 
 
+def test_of_two_branches_that_cost_nothing_the_larger_goes() -> None:
+    """A noisy measurement that calls the loss a little better must not win over twenty times the saving."""
+    loss = MadeUpLoss({(0, M): -0.001, (0, A): -0.002}, {})
+    weights = {**dict.fromkeys(KEYS, 1.0), (0, "mamba"): 20.0}
+    assert choose(loss, singles(loss), weights, 4.0).removed == {0: M}
+
+
+def test_what_is_left_of_the_budget_buys_larger_savings() -> None:
+    """Attention is cheaper per byte, but the budget also allows Mamba, which saves more; not in both layers."""
+    loss = MadeUpLoss({(0, A): 0.01, (0, M): 0.04, (1, A): 0.01, (1, M): 0.06}, {})
+    weights = {(layer, branch): 3.0 if branch == "mamba" else 1.0 for layer, branch in KEYS}
+    weights[1, "mamba"] = 4.0
+    choice = choose(loss, singles(loss), weights, 4.065)
+    assert choice.removed == {0: A, 1: A}
+    trade_up(loss, choice, weights, 4.065)
+    assert choice.removed == {0: M, 1: A}
+    assert choice.joint_loss == loss(choice.removed) == pytest.approx(4.05)
+    assert choice.loss_after[0] == choice.joint_loss and choice.others[0] == 1
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_budget_holds_and_one_branch_stays_whatever_the_effects(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -76,6 +96,7 @@ def test_the_budget_holds_and_one_branch_stays_whatever_the_effects(seed: int) -
     pairs = {frozenset(pair): draw(0.03, 0.0) for pair in itertools.combinations(KEYS, 2)}
     loss = MadeUpLoss(costs, pairs)
     choice = choose(loss, singles(loss), dict.fromkeys(KEYS, 1.0), 4.05)
+    trade_up(loss, choice, {key: 2.0 if key[1] == "mamba" else 1.0 for key in KEYS}, 4.05)
     assert choice.joint_loss <= 4.05
     assert choice.joint_loss == pytest.approx(loss(choice.removed))
     for layer in set(range(3)) - set(choice.removed):

@@ -95,7 +95,14 @@ def test_numbers_of_the_table_and_the_plan(page):
     assert page.count('class="layer"') == LAYERS and page.count("<small>taken</small>") == 2
 
 
-def test_an_empty_folder_says_what_is_not_there(tmp_path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is not a run folder: none of config"):
+        report.write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path):
+    (tmp_path / "config.yaml").write_text("training: {steps: 3}\n", encoding="utf-8")
     text = Balanced(report.write_report(tmp_path).read_text(encoding="utf-8")).text
     for line in ("Not trained yet", "slim.json", "metrics.jsonl", "gates.jsonl", "plan.json", "samples.json"):
         assert line in text

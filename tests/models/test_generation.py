@@ -1,7 +1,12 @@
 """`generate` in all its forms: beams, sampling, assisted decoding, padded batches, ends, streams."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -184,6 +189,68 @@ def test_cache_files_are_checked(tmp_path) -> None:
         HybridCache(model.config).load(path)
     with pytest.raises(CheckpointError, match="not a readable cache file"):
         HybridCache(model.config).load(tmp_path / "missing")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> Path:
+    """A copy of a cache file with something else in it."""
+    with safe_open(path, framework="pt") as file:
+        meta, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, meta)
+    save_file(tensors, path.with_name("changed"), metadata=meta)
+    return path.with_name("changed")
+
+
+HOSTILE = {
+    "no length": lambda t, m: m.pop("seen"),
+    "a wild length": lambda t, m: m.update(seen="-3"),
+    "another length": lambda t, m: m.update(seen="8"),
+    "a wild switch": lambda t, m: m.update(dense="yes"),
+    "no ages": lambda t, m: t.pop("0.age"),
+    "ages of no shape": lambda t, m: t.update({"0.age": torch.tensor(3)}),
+    "broken ages": lambda t, m: t.update({"0.age": torch.tensor([1.0, 2.0])}),
+    "a stranger": lambda t, m: t.update({"7.age": torch.zeros(2, dtype=torch.long)}),
+    "a small state": lambda t, m: t.update({"1.ssm_state": t["1.ssm_state"][:, :1].contiguous()}),
+    "a coarse state": lambda t, m: t.update({"1.ssm_state": t["1.ssm_state"].bfloat16()}),
+    "a whole-number state": lambda t, m: t.update({"0.conv_state": t["0.conv_state"].long()}),
+    "a row more": lambda t, m: t.update({"0.global": torch.cat([t["0.global"]] * 2, dim=1)}),
+    "a flat buffer": lambda t, m: t.update({"0.local": t["0.local"].flatten()}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@torch.no_grad()
+def test_hostile_cache_files_are_refused(name: str, tmp_path: Path) -> None:
+    """The layout in the file's head says it is ours; what lies in it does not fit."""
+    model = shared_model("post")
+    cache = HybridCache(model.config)
+    model(tokens(2, 9), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    HybridCache(model.config).load(rewritten(tmp_path / "cache", lambda t, m: None))
+    with pytest.raises(CheckpointError) as error:
+        HybridCache(model.config).load(rewritten(tmp_path / "cache", HOSTILE[name]))
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_rollback_that_cannot_be_exact_is_refused() -> None:
+    """Padding behind or among the tokens of a forward: the last slots are not the last tokens. Nothing changes then."""
+    model, ids = shared_model("mixed"), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 8:10] = 0
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match="padding is among or behind"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="as a negative number"):
+        cache.crop(5)
+    twin = cache.fork()
+    twin.crop(-10)
+    assert_same(model(ids, past_key_values=twin).logits, model(ids).logits)
+    cache.crop(0)
+    model(ids[:, 10:], attention_mask=mask.roll(5, dims=1), past_key_values=cache)
+    with pytest.raises(ValueError, match="padding is among or behind"):
+        cache.crop(-10)  # warm: a row's past lies behind its padding
 
 
 def test_rollback_needs_a_record() -> None:

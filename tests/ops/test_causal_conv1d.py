@@ -89,6 +89,13 @@ def test_steps_are_the_whole() -> None:
     assert_same(state, end)
 
 
+@pytest.mark.parametrize(("batch", "width"), [(1, 2), (1, 4), (2, 4)])
+def test_the_state_keeps_nothing_else_alive(batch: int, width: int) -> None:
+    """A view of the input would keep it in memory for as long as a cache lives, once per layer."""
+    _, state = causal_conv1d(torch.randn(batch, 500, 6), torch.randn(6, width), torch.randn(6))
+    assert state.untyped_storage().nbytes() == state.numel() * 4
+
+
 def test_bf16_is_close() -> None:
     x, weight, bias, state = torch.randn(2, 50, 16), torch.randn(16, 4), torch.randn(16), torch.randn(2, 16, 3)
     starts = torch.rand(2, 50) < 0.1

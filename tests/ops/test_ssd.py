@@ -160,6 +160,13 @@ def test_strong_decay_stays_finite() -> None:
     assert_same(final, want_final)
 
 
+def test_the_final_state_keeps_nothing_else_alive() -> None:
+    args = {name: None if t is None else t.detach() for name, t in inputs(1, 70, 1, 3, 1, 4).items()}
+    for chunk in (1, 8, 100):
+        _, final = ssd(*[args[name] for name in NAMES[:-1]], None, args["state"], chunk)
+        assert final.untyped_storage().nbytes() == final.numel() * 4
+
+
 def test_bf16_is_close_and_the_state_stays_fp32() -> None:
     args = {name: None if t is None else t.detach() for name, t in inputs(2, 100, 4, 8, 2, 16).items()}
     want_y, want_final = recurrence(*[args[n] for n in NAMES[:-1]], None, args["state"])

@@ -58,8 +58,23 @@ def test_elsewhere_each_line_stands_alone(capsys: pytest.CaptureFixture[str]) ->
     console.on_metrics(Snapshot(5, 10, silent), FIGURES)
     console.on_metrics(Snapshot(5, 10, silent), {"step": 5, "validation_loss": 2.0})
     training, validation = capsys.readouterr().out.splitlines()
-    assert training.startswith("step 5/10  loss 2.5000  gate 0.510  lr 1.00e-03  1,234 tok/s  1.5 GB  eta 0:")
+    assert training == "step 5/10  loss 2.5000  gate 0.510  lr 1.00e-03  1,234 tok/s  1.5 GB"
     assert validation == "step 5/10  validation loss 2.0000"
+
+
+def test_the_time_left_knows_nothing_of_set_up_and_the_first_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = SimpleNamespace(time=0.0)
+    monkeypatch.setattr("fusiontree.train.callbacks.time.monotonic", lambda: now.time)
+    console = Console("plain")
+    console.on_start(Snapshot(0, 100, silent))
+    for step, seconds in ((1, 3600.0), (2, 2.0), (3, 4.0)):  # an hour of validation and compiling, then 3 s a step
+        now.time += seconds
+        console.on_metrics(Snapshot(step, 100, silent), {**FIGURES, "step": step})
+        console.on_step(Snapshot(step, 100, silent))
+    ends = [line.rpartition("GB")[2] for line in capsys.readouterr().out.splitlines()]
+    assert ends == ["", "  eta 3:16", "  eta 4:51"]
 
 
 def test_tensorboard_hides_what_an_interrupted_run_wrote_after_its_checkpoint(tmp_path: Path) -> None:
@@ -88,10 +103,12 @@ def test_wandb_continues_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [None, "abc"]
 
 
-def test_signals_are_given_back_afterwards() -> None:
+def test_signals_are_noticed_once_and_given_back_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
+    with StopSignals("stopping") as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err == "\nstopping\n"

@@ -56,7 +56,11 @@ WRONG = [
     ("model.srte_shared=1", "model.srte_shared: input should be a valid boolean"),
     ("model.num_key_value_heads=3", "model.num_key_value_heads=3: must divide num_attention_heads=2"),
     ("model.max_position_embeddings=16", "training.sequence_length 32 is more than model.max_position_embeddings 16"),
-    ("model=3", "model: input should be a valid dictionary"),
+    ("model=3", "model: is 3; expected key: value pairs"),
+    ("training=3", "training: is 3; expected key: value pairs"),
+    ("logging=null", "logging: is empty; expected key: value pairs, or leave it out"),
+    ("data.train.0=text.txt", "data.train.0: is 'text.txt'; expected key: value pairs"),
+    ("model.num_heads=2", "'num_attention_heads'"),
     ("training.loss.specialise_after=1.5", "less than or equal to 1"),
     ("system.device=tpu", "input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
 ]
@@ -76,7 +80,9 @@ def test_every_wrong_field_is_named(tmp_path: Path) -> None:
         load_config(tiny_file(tmp_path), ["training.steps=x", "training.lrr=1"])
 
 
-@pytest.mark.parametrize("override", ["training.lr", "=1", "training..lr=1", "training.lr.x=1", "data.train.5.path=x"])
+@pytest.mark.parametrize(
+    "override", ["training.lr", "=1", "training..lr=1", "training.lr.x=1", "data.train.5.path=x", "training.lr= "]
+)
 def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="override"):
         load_config(tiny_file(tmp_path), [override])
@@ -85,10 +91,12 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "expected sections"),
+        ("", "is empty; expected sections"),
+        ("# only a remark", "is empty"),
         ("- 1", "expected sections"),
-        ("a: [", "not valid YAML"),
-        ("model: {}\nmodel: {}", "given twice"),
+        ("a: [", "not valid YAML: line 1, column 5: expected the node content"),
+        ("model:\n\thidden_size: 3", r"line 2, column 1: found character '\\t'"),
+        ("model: {}\nmodel: {}", "line 2, column 1: key 'model' is given twice"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("model: {}", "training: is required"),
     ],
@@ -106,6 +114,8 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         load_config(tmp_path / "b.yaml")
+    with pytest.raises(ConfigError, match="is a folder; give a YAML file"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(

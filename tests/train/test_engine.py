@@ -215,7 +215,12 @@ def test_impossible_runs_are_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(error, match=expected):
         train(tiny_config(tmp_path, **changes))
-    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(error, match=expected):
+        train(tiny_config(tmp_path, **changes))
+    assert (tmp_path / "run" / "notes.txt").exists()
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp"]
+_PLAIN = (Tensor, nn.Parameter)  # subclasses (fake, distributed, quantised) may have no memory of their own
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
@@ -33,13 +35,17 @@ MAX_ROWS = 8  # past this, torch's own products win
 _log = logging.getLogger("fusiontree.native")
 
 
-def kernel(name: str, x: Tensor, rows: int) -> Callable[..., None] | None:
-    """The kernel `name` for x's dtype, when it can serve: decoding (few rows, no gradient, no autocast) on a CPU."""
-    if rows > MAX_ROWS or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+def kernel(name: str, rows: int, *tensors: Tensor) -> Callable[..., None] | None:
+    """The kernel `name` when it can serve: decoding (few rows, no gradient, no autocast) with plain CPU tensors of one
+    dtype. Sizes and contiguity are the caller's to check: a kernel takes bare addresses."""
+    if rows > MAX_ROWS or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    if x.dtype not in _SUFFIX or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    return _kernels().get((name, x.dtype))
+    dtype = tensors[0].dtype
+    if any(type(t) not in _PLAIN or t.dtype != dtype or t.device.type != "cpu" for t in tensors):
+        return None
+    return _kernels().get((name, dtype))
 
 
 @functools.cache
@@ -49,7 +55,7 @@ def _kernels() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
         return {}
     try:
         loaded = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         _log.info("no native kernels, torch's own products serve: %s", error)
         return {}
     found = {}
@@ -63,10 +69,10 @@ def _kernels() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
 
 def _built() -> Path:
     """Path of the shared object, compiled now if this source has not been on this processor."""
-    compiler = shutil.which(os.environ.get("CC", "gcc"))
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (gcc) found")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fusiontree"
+    compiler = shlex.split(os.environ.get("CC") or "gcc")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no C compiler ({compiler[0]}) found")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusiontree"
     target = folder / f"kernels-{_key()}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,11 +82,11 @@ def _built() -> Path:
     return target
 
 
-def _compile(compiler: str, work: Path) -> None:
+def _compile(compiler: list[str], work: Path) -> None:
     # Linked without -fopenmp on purpose: the OpenMP symbols come from the runtime that torch has loaded.
     steps = [
-        [compiler, *_FLAGS, "-c", str(_FOLDER / "kernels.c"), "-o", str(work / "kernels.o")],
-        [compiler, "-shared", "-o", str(work / "kernels.so"), str(work / "kernels.o"), "-lm"],
+        [*compiler, *_FLAGS, "-c", str(_FOLDER / "kernels.c"), "-o", str(work / "kernels.o")],
+        [*compiler, "-shared", "-o", str(work / "kernels.so"), str(work / "kernels.o"), "-lm"],
     ]
     for step in steps:
         subprocess.run(step, check=True, capture_output=True, timeout=120)
