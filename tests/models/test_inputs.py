@@ -77,7 +77,7 @@ def test_caches_named_for_generation() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
 def test_copies_keep_the_marks_for_the_optimizer(copied) -> None:
-    model = shared_model("post")
+    model = build("post")  # its own: hooks that other tests leave cannot be pickled
     again = copied(model)
     assert_same(again(IDS).logits, model(IDS).logits, 1e-6)  # memory laid out otherwise may round otherwise
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
