@@ -15,7 +15,7 @@ import torch
 from fusiontree.data import check_vocabulary
 from fusiontree.errors import ConfigError, FusionTreeError
 from fusiontree.models import HybridConfig, HybridLanguageModel
-from fusiontree.train.callbacks import Callback, Console, MetricsFile, TensorBoard, WandB
+from fusiontree.train.callbacks import Callback, Console, MetricsFile, StateFile, TensorBoard, WandB
 from fusiontree.train.checkpoint import RunLock
 from fusiontree.train.config import RunConfig
 from fusiontree.train.gate_monitor import GateMonitor
@@ -104,7 +104,7 @@ def set_checkpointing(model: HybridLanguageModel, mode: str) -> None:
 
 def build_callbacks(config: RunConfig, run_dir: Path, tokenizer: Any, console: Console) -> list[Callback]:
     """The callbacks the settings ask for, the console last so that its bar is below what others say."""
-    callbacks: list[Callback] = [MetricsFile(JsonLines(run_dir / "metrics.jsonl"))]
+    callbacks: list[Callback] = [StateFile(run_dir / "state.json"), MetricsFile(JsonLines(run_dir / "metrics.jsonl"))]
     if config.gate_monitor.enabled:
         file = JsonLines(run_dir / "gates.jsonl")
         callbacks.append(GateMonitor(config.gate_monitor, config.training.steps, file, tokenizer))
@@ -113,7 +113,7 @@ def build_callbacks(config: RunConfig, run_dir: Path, tokenizer: Any, console: C
         callbacks.append(TensorBoard(run_dir / "tensorboard"))
     if config.logging.wandb:
         _require("wandb", "logging.wandb")
-        callbacks.append(WandB(config.logging.wandb_project, run_dir.name, config.model_dump(mode="json")))
+        callbacks.append(WandB(config.logging.wandb_project, run_dir, config.model_dump(mode="json")))
     return [*callbacks, console]
 
 
