@@ -75,6 +75,11 @@ SEEN_ELSEWHERE = {
     "logging.wandb_project",
     "system.device",
     "system.threads",
+    "system.engine",  # test_engines, with those below
+    "system.deepspeed",
+    "system.offload",
+    "system.timeout",
+    "training.teacher",
 }
 
 

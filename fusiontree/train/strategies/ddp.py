@@ -20,7 +20,6 @@ class DataParallel(SingleProcess):
         super()._adopt(model, settings)
         self.forward = DistributedDataParallel(
             model,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             # A branch that is left out has no gradients in that step; looking for such weights costs a little.
             find_unused_parameters=self.model.config.drop_branch_prob > 0,

@@ -42,13 +42,14 @@ class FullyShardedDataParallel(SingleProcess):
         for block in model.model.layers:
             fully_shard(block, mesh=self.mesh, offload_policy=self.policy)
         fully_shard(model, mesh=self.mesh, offload_policy=self.policy)
-        model.set_gradient_divide_factor(1.0)
-        for block in model.model.layers:
-            block.set_gradient_divide_factor(1.0)
         for name, parameter in model.named_parameters():
             if name in undecayed:
                 parameter._no_weight_decay = True
         return model
+
+    def backward(self, loss: Tensor, scale: float) -> None:
+        """Shares of the loss add up, where FSDP would average."""
+        super().backward(loss, scale * self.ranks.world_size)
 
     def _clip(self, max_norm: float) -> Tensor:
         norm = super()._clip(max_norm)

@@ -122,7 +122,7 @@ class DeepSpeedZero(SingleProcess):
 
         state = self.optimizers.members[0].state
         for name, parameter in self.model.named_parameters():
-            yield f"{name}/step", state[self._flat()[0]]["step"]
+            yield f"{name}/step", state[self._flat()[0]]["step"].clone()
             for key in MOMENTS:
                 yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
 
