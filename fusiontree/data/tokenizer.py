@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +160,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 over everything that decides which ids a text gets, the same after saving and loading."""
-    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return _hash(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _hash(serialised: str, eos: int) -> str:
+    core = Tokenizer.from_str(serialised)
     core.no_padding()
     core.no_truncation()
-    return hashlib.sha256(f"{core.to_str()}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+    return hashlib.sha256(f"{core.to_str()}\0{eos}".encode()).hexdigest()
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -179,7 +186,7 @@ def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) 
 
     def encode(batch: list[Document]) -> list[TokenIds]:
         encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        return [np.array([*encoding.ids, eos], dtype=np.uint32) for encoding in encoded]
+        return [np.array(array("I", [*encoding.ids, eos])) for encoding in encoded]
 
     # The encoder's own threads would be idle while Python reads the next documents and writes the last.
     for batch, ids in alongside(encode, _batches(documents)):
