@@ -224,9 +224,15 @@ class WandB(Callback):
         import wandb
 
         self.outside = sys.exc_info()[1]
-        named = {"project": self.project, "name": self.run_dir.name, "dir": str(self.run_dir), "config": self.settings}
         try:
-            self.run = wandb.init(**named, id=self.run_id, resume="allow")
+            self.run = wandb.init(
+                project=self.project,
+                name=self.run_dir.name,
+                dir=str(self.run_dir),
+                config=self.settings,
+                id=self.run_id,
+                resume="allow",
+            )
         except wandb.errors.Error as error:
             way = "WANDB_MODE=offline keeps the curves in the run folder for `wandb sync`"
             raise ConfigError(f"logging.wandb: {error} {way}; logging.wandb=false does without") from error

@@ -68,6 +68,13 @@ SEEN_IN_THE_RUN: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SEEN_ELSEWHERE = {
     "training.max_skipped_steps",  # test_engine: bad steps can be skipped
+    "training.spike_factor",  # test_spikes
+    "training.spike_stop",
+    "probes.every",  # test_probes, here and in recipes
+    "probes.perplexity_lengths",
+    "probes.perplexity_tokens",
+    "probes.recall_pairs",
+    "probes.recall_questions",
     "training.compile",
     "training.activation_checkpointing",
     "logging.console",
