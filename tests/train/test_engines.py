@@ -165,7 +165,7 @@ def assert_goes_on(place: Place, run: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_step_does_not_depend_on_how_it_is_divided(place: Place, name: str) -> None:
-    """Padding of unequal size, dropped branches, a teacher, changing lengths: all terms of the loss are those of one."""
+    """Padding of unequal size, dropped branches, a teacher, changing lengths: every term of the loss stays."""
     one, two = (lines(place.run_dir(f"{name} {how}")) for how in ("alone", "ddp"))
     assert len(one) == 6
     assert ("distill_loss" in one[1]) == ("taught" in name)
