@@ -28,7 +28,7 @@ from fusiontree.train.build import (
     set_checkpointing,
 )
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import step_folder
+from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.loss_scale import LossScale
@@ -67,6 +67,11 @@ def train(
             trainer = Trainer(config, run_dir, strategy, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
+    except RuntimeError as error:
+        if strategy.ranks.world_size == 1 or not is_lost(error):
+            raise
+        advice = f"last good checkpoint: {last_good(run_dir)}; start all again to go on from it"
+        raise strategy.ranks.lost(error, advice) from error
     except OSError as error:
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
@@ -127,15 +132,6 @@ class Trainer:
 
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
-        try:
-            return self._run()
-        except RuntimeError as error:
-            if self.ranks.world_size == 1 or not is_lost(error):
-                raise
-            advice = f"last good checkpoint: {self._last_good()}; start all again to go on from it"
-            raise self.ranks.lost(self.progress.step + 1, error, advice) from error
-
-    def _run(self) -> RunResult:
         self._resume_or_start()
         steps, progress = self.settings.steps, self.progress
         try:
@@ -243,11 +239,7 @@ class Trainer:
 
     def _advice(self, change: str) -> str:
         """How to go on after a failed step."""
-        return f"last good checkpoint: {self._last_good()}; try {change}"
-
-    def _last_good(self) -> str:
-        newest = self.store.newest_step
-        return "none yet" if newest is None else str(step_folder(self.store.root, newest))
+        return f"last good checkpoint: {last_good(self.run_dir)}; try {change}"
 
     def _report(self, terms: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
@@ -382,6 +374,12 @@ class Trainer:
     def _tell(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*details)
+
+
+def last_good(run_dir: Path) -> str:
+    """The newest finished checkpoint, in words."""
+    finished = list_checkpoints(run_dir / "checkpoints")
+    return str(finished[-1]) if finished else "none yet"
 
 
 def _due(step: int, every: int | None) -> bool:

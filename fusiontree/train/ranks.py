@@ -84,14 +84,14 @@ class Ranks:
                 silent.append(rank)
         return silent
 
-    def lost(self, step: int, error: RuntimeError, advice: str) -> LostRankError:
+    def lost(self, error: RuntimeError, advice: str) -> LostRankError:
         """The error to raise when an exchange failed; names the missing, and shows where this process was waiting."""
         silent = self.missing()
         who = " and ".join(f"rank {rank}" for rank in silent) or "another process"
         if "imed out" in str(error) or "timeout" in str(error).lower():
             faulthandler.dump_traceback(sys.stderr)
         told = self.rank != min(rank for rank in range(self.world_size) if rank not in silent)
-        return LostRankError(f"step {step}: {who} does not answer (killed, or hanging); {advice}", told=told)
+        return LostRankError(f"{who} does not answer (killed, or hanging); {advice}", told=told)
 
 
 def is_lost(error: RuntimeError) -> bool:
