@@ -133,26 +133,30 @@ class Trainer:
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
         self._resume_or_start()
-        steps, progress = self.settings.steps, self.progress
-        try:
-            with self.stop:
-                self._tell("on_start", self._snapshot())
-                if progress.step == 0 and progress.validation_loss_before is None:
-                    self._validate()
-                batches = cast(Iterator[Batch], iter(self.loader))
-                while progress.step < steps and not self._asked_to_stop():
-                    self._enter_stage()
-                    self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
-                    last = progress.step == steps
-                    if last or _due(progress.step, self.settings.validation_every):
-                        self._validate()
-                    if last or _due(progress.step, self.settings.save_every):
-                        self._save()
-                if self.store.newest_step != progress.step:
-                    self._save()
-        finally:
-            self._tell("on_finish", self._snapshot())
+        with self.stop:
+            try:
+                self._go()
+            finally:
+                self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _go(self) -> None:
+        """Every step that is left, with validation and saving where they are due."""
+        steps, progress = self.settings.steps, self.progress
+        self._tell("on_start", self._snapshot())
+        if progress.step == 0 and progress.validation_loss_before is None:
+            self._validate()
+        batches = cast(Iterator[Batch], iter(self.loader))
+        while progress.step < steps and not self._asked_to_stop():
+            self._enter_stage()
+            self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
+            last = progress.step == steps
+            if last or _due(progress.step, self.settings.validation_every):
+                self._validate()
+            if last or _due(progress.step, self.settings.save_every):
+                self._save()
+        if self.store.newest_step != progress.step:
+            self._save()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all stop after the same step."""
