@@ -26,7 +26,7 @@ def export(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights, without a plan; left out, as they are.")] = None,
 ) -> None:
-    """Write a checkpoint of any training engine as an ordinary model folder, without the branches that a plan takes out.
+    """Write a checkpoint of any engine as an ordinary model folder, without the branches that a plan takes out.
 
     What is written is checked before it appears.
     """
