@@ -27,7 +27,7 @@ from fusiontree.train.build import (
     set_checkpointing,
 )
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import step_folder
+from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.jsonl import JsonLines
@@ -35,7 +35,7 @@ from fusiontree.train.loss_scale import LossScale
 from fusiontree.train.losses import HybridModelLoss, Share, phase_at, real_tokens, target_mask
 from fusiontree.train.model_files import StateStream, load_optimizer, load_weights
 from fusiontree.train.optim import learning_rate
-from fusiontree.train.ranks import is_lost, leave
+from fusiontree.train.ranks import is_lost
 from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_settings
 from fusiontree.train.spikes import SpikeGuard
 from fusiontree.train.strategies import SingleProcess, build_strategy
@@ -69,12 +69,15 @@ def train(
             trainer = Trainer(config, run_dir, strategy, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
+    except RuntimeError as error:
+        if strategy.ranks.world_size == 1 or not is_lost(error):
+            raise
+        advice = f"last good checkpoint: {last_good(run_dir)}; start all again to go on from it"
+        raise strategy.ranks.lost(error, advice) from error
     except OSError as error:
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
         raise
-    finally:
-        leave()
 
 
 class Trainer:
@@ -134,38 +137,33 @@ class Trainer:
 
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
-        try:
-            return self._run()
-        except RuntimeError as error:
-            if self.ranks.world_size == 1 or not is_lost(error):
-                raise
-            advice = f"last good checkpoint: {self._last_good()}; start all again to go on from it"
-            raise self.ranks.lost(self.progress.step + 1, error, advice) from error
-
-    def _run(self) -> RunResult:
         self._resume_or_start()
-        steps, progress = self.settings.steps, self.progress
-        try:
-            with self.stop:
-                self._tell("on_start", self._snapshot())
-                if self.resumed is None:
-                    self._validate()
-                    self._probe()
-                batches = cast(Iterator[Batch], iter(self.loader))
-                while progress.step < steps and not self._asked_to_stop():
-                    self._enter_stage()
-                    self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
-                    last = progress.step == steps
-                    if last or _due(progress.step, self.settings.validation_every):
-                        self._validate()
-                    self._probe()
-                    if last or _due(progress.step, self.settings.save_every):
-                        self._save()
-                if self.store.newest_step != progress.step:
-                    self._save()
-        finally:
-            self._tell("on_finish", self._snapshot())
+        with self.stop:
+            try:
+                self._go()
+            finally:
+                self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _go(self) -> None:
+        """Every step that is left, with validation and saving where they are due."""
+        steps, progress = self.settings.steps, self.progress
+        self._tell("on_start", self._snapshot())
+        if self.resumed is None:
+            self._validate()
+            self._probe()
+        batches = cast(Iterator[Batch], iter(self.loader))
+        while progress.step < steps and not self._asked_to_stop():
+            self._enter_stage()
+            self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
+            last = progress.step == steps
+            if last or _due(progress.step, self.settings.validation_every):
+                self._validate()
+            self._probe()
+            if last or _due(progress.step, self.settings.save_every):
+                self._save()
+        if self.store.newest_step != progress.step:
+            self._save()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all stop after the same step."""
@@ -265,11 +263,7 @@ class Trainer:
 
     def _advice(self, change: str) -> str:
         """How to go on after a failed step."""
-        return f"last good checkpoint: {self._last_good()}; try {change}"
-
-    def _last_good(self) -> str:
-        newest = self.store.newest_step
-        return "none yet" if newest is None else str(step_folder(self.store.root, newest))
+        return f"last good checkpoint: {last_good(self.run_dir)}; try {change}"
 
     def _report(self, figures: Mapping[str, float], lr: float) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
@@ -394,6 +388,12 @@ class Trainer:
     def _tell(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*details)
+
+
+def last_good(run_dir: Path) -> str:
+    """The newest finished checkpoint, in words."""
+    finished = list_checkpoints(run_dir / "checkpoints")
+    return str(finished[-1]) if finished else "none yet"
 
 
 def _due(step: int, every: int | None) -> bool:
