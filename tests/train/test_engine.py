@@ -19,6 +19,7 @@ from fusiontree.train import Callback, latest_checkpoint, train
 from fusiontree.train.build import build_model
 from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import load_config
+from fusiontree.train.model_files import StateStream
 from tests.train.tiny import lines, tiny_config
 
 
@@ -251,22 +252,20 @@ def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     def hungry(self: Any, *_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("fusiontree.train.strategy.SingleProcess.backward", hungry)
+    monkeypatch.setattr("fusiontree.train.strategies.SingleProcess.backward", hungry)
     with pytest.raises(TrainingError, match=r"step 1: out of memory.*none yet.*micro_batch_size"):
         train(tiny_config(tmp_path))
 
 
 @pytest.mark.fault(row=4)
 def test_a_disk_that_fills_up_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, folder: Path, *_: Any) -> None:
+    def full(self: Any, folder: Path) -> None:
         if folder.name.startswith("step-00000004"):
             raise OSError(28, "No space left on device")
-        original(self, folder, *_)
+        original(self, folder)
 
-    from fusiontree.train.strategy import SingleProcess
-
-    original = SingleProcess.save
-    monkeypatch.setattr(SingleProcess, "save", full)
+    original = StateStream.write
+    monkeypatch.setattr(StateStream, "write", full)
     with pytest.raises(CheckpointError, match=r"step-00000004: .*No space left"):
         train(tiny_config(tmp_path))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
