@@ -35,7 +35,7 @@ from fusiontree.train.loss_scale import LossScale
 from fusiontree.train.losses import HybridModelLoss, Share, phase_at, real_tokens, target_mask
 from fusiontree.train.model_files import StateStream, load_optimizer, load_weights
 from fusiontree.train.optim import learning_rate
-from fusiontree.train.ranks import is_lost, leave
+from fusiontree.train.ranks import is_lost
 from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_settings
 from fusiontree.train.strategies import SingleProcess, build_strategy
 from fusiontree.train.validation import Batch, Evaluate, Probe, Validation, model_inputs, to_device
@@ -71,8 +71,6 @@ def train(
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
         raise
-    finally:
-        leave()
 
 
 class Trainer:

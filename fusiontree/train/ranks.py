@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -113,17 +115,18 @@ def join(device: torch.device, timeout: float) -> Ranks:
             raise ConfigError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    if "RANK" in os.environ:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
+    if not dist.is_initialized():
+        _meet(device, timedelta(seconds=timeout))
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+
+
+def _meet(device: torch.device, limit: timedelta) -> None:
+    """One group for as long as this process lives: DeepSpeed keeps hold of it."""
+    # Names that FSDP2 and DeepSpeed still use, told at every exchange.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    return Ranks(device, rank, world_size, store)
-
-
-def leave() -> None:
-    """Part from the others; nothing to do when there was no group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    atexit.register(dist.destroy_process_group)

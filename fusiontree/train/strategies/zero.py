@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -128,8 +129,6 @@ class DeepSpeedZero(SingleProcess):
 
     def load_optimizer_state(self, names: list[str], read: Callable[[str], Tensor]) -> None:
         """Each process keeps its part of what it reads; the count of steps is the largest of all weights'."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         parameters, steps = dict(self.model.named_parameters()), 0.0
         for name in names:
             parameter, _, key = name.rpartition("/")
@@ -137,9 +136,20 @@ class DeepSpeedZero(SingleProcess):
             if key == "step":
                 steps = max(steps, float(value))
             else:
-                safe_set_full_optimizer_state(parameters[parameter], value.to(self.device), key)
+                self._set_state(parameters[parameter], key, value.to(self.device))
         for flat in self._flat():
             self.optimizers.members[0].state[flat]["step"].fill_(steps)
+
+    def _set_state(self, parameter: Any, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not self.divides_weights:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Every process has as much of a weight; what the last one has too much is padding.
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.ranks.rank, size), key)
 
     def _flat(self) -> list[Tensor]:
         """DeepSpeed's own fp32 tensors, each a part of many weights, over which the optimizer works."""
