@@ -79,11 +79,11 @@ def die(step: int, number: int) -> None:
     Watch(step, exit_now)
 
 
-def signal_self(step: int, number: int, signals: Sequence[int]) -> None:
+def signal_self(step: int, moment: Moment, signals: Sequence[int]) -> None:
     """Get these signals before a moment."""
 
-    def send(seen: int, moment: Moment) -> None:
-        for signal in signals if seen == number else ():
+    def send(number: int, seen: Moment) -> None:
+        for signal in signals if seen == moment else ():
             os.kill(os.getpid(), signal)
 
     Watch(step, send)

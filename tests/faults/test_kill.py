@@ -12,7 +12,7 @@ import pytest
 
 from fusiontree.eval.perplexity import evaluate_loss
 from fusiontree.train import latest_checkpoint, train
-from fusiontree.train.checkpoint import list_checkpoints, verify
+from fusiontree.train.checkpoint import list_checkpoints, step_folder, verify
 from tests.faults.disk import Moment, die, record
 from tests.faults.process import Child, call
 from tests.train.tiny import lines, state_hashes, tiny_config, tiny_file
@@ -78,14 +78,14 @@ def moments(tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
 
 
 @pytest.mark.fault(row=1)
-def test_a_save_writes_syncs_seals_renames_and_syncs_again(moments: list[Moment]) -> None:
-    kinds = [kind for kind, _ in moments]
-    written = [name for kind, name in moments if kind == "write"]
-    assert written[-1] == "manifest.json"
-    assert {"model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"} < set(written)
-    assert kinds.index("sync") > max(number for number, kind in enumerate(kinds) if kind == "write")
+def test_a_save_writes_seals_syncs_renames_and_syncs_again(moments: list[Moment], whole: Path) -> None:
+    writes = [number for number, (kind, _) in enumerate(moments) if kind == "write"]
+    assert moments[writes[-1]] == ("write", "manifest.json")
+    assert writes[-1] < moments.index(("sync", "manifest.json"))
     assert moments[-2:] == [("rename", "folder"), ("sync", "checkpoints")]
-    assert set(written) <= {name for kind, name in moments if kind == "sync"}
+    folder = step_folder(whole / "checkpoints", KILLED)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files | {"trainer", "folder"} == {name for kind, name in moments[:-1] if kind == "sync"}
 
 
 @pytest.mark.fault(row=1)

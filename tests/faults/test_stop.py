@@ -18,7 +18,7 @@ from fusiontree.cli import INTERRUPTED
 from fusiontree.eval.perplexity import evaluate_loss
 from fusiontree.train import latest_checkpoint, train
 from fusiontree.train.checkpoint import list_checkpoints, verify
-from tests.faults.disk import record, signal_self
+from tests.faults.disk import Moment, record, signal_self
 from tests.faults.process import Child, call
 from tests.train.tiny import lines, state_hashes, tiny_config, tiny_file
 
@@ -84,14 +84,15 @@ def signal_in_backward(call: int, number: int) -> None:
     torch.Tensor.backward = backward  # type: ignore[method-assign]
 
 
+MOMENTS = [("write", "config.json"), ("write", "manifest.json"), ("sync", "manifest.json"), ("rename", "folder")]
 SIGNALS = [(TERM,), (TERM, TERM), (TERM, INT, TERM)]
 
 
 @pytest.mark.fault(row=3)
 @pytest.mark.parametrize("signals", SIGNALS, ids=["one", "two", "three"])
-@pytest.mark.parametrize("moment", [0, 3, 11, 24], ids=["first file", "fourth file", "sync", "rename"])
+@pytest.mark.parametrize("moment", MOMENTS, ids=" ".join)
 def test_signals_during_a_save_leave_one_whole_checkpoint(
-    tmp_path: Path, whole: Path, signals: tuple[int, ...], moment: int, fault_figure: Callable[..., None]
+    tmp_path: Path, whole: Path, signals: tuple[int, ...], moment: Moment, fault_figure: Callable[..., None]
 ) -> None:
     prepare = partial(disturb, tmp_path / "moments.txt", moment, signals)
     code, output = call(["train", tiny_file(tmp_path, **SHORT)], tmp_path / "out.txt", prepare)
@@ -103,7 +104,7 @@ def test_signals_during_a_save_leave_one_whole_checkpoint(
     fault_figure("signals during a save", len(signals))
 
 
-def disturb(log: Path, moment: int, signals: tuple[int, ...]) -> None:
+def disturb(log: Path, moment: Moment, signals: tuple[int, ...]) -> None:
     record(log, SAVED)
     signal_self(SAVED, moment, signals)
 
