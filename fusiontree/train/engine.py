@@ -28,7 +28,7 @@ from fusiontree.train.build import (
     set_checkpointing,
 )
 from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import step_folder
+from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.loss_scale import LossScale
@@ -67,6 +67,11 @@ def train(
             trainer = Trainer(config, run_dir, strategy, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
+    except RuntimeError as error:
+        if strategy.ranks.world_size == 1 or not is_lost(error):
+            raise
+        advice = f"last good checkpoint: {last_good(run_dir)}; start all again to go on from it"
+        raise strategy.ranks.lost(error, advice) from error
     except OSError as error:
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
@@ -127,36 +132,31 @@ class Trainer:
 
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
-        try:
-            return self._run()
-        except RuntimeError as error:
-            if self.ranks.world_size == 1 or not is_lost(error):
-                raise
-            advice = f"last good checkpoint: {self._last_good()}; start all again to go on from it"
-            raise self.ranks.lost(self.progress.step + 1, error, advice) from error
-
-    def _run(self) -> RunResult:
         self._resume_or_start()
-        steps, progress = self.settings.steps, self.progress
-        try:
-            with self.stop:
-                self._tell("on_start", self._snapshot())
-                if progress.step == 0 and progress.validation_loss_before is None:
-                    self._validate()
-                batches = cast(Iterator[Batch], iter(self.loader))
-                while progress.step < steps and not self._asked_to_stop():
-                    self._enter_stage()
-                    self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
-                    last = progress.step == steps
-                    if last or _due(progress.step, self.settings.validation_every):
-                        self._validate()
-                    if last or _due(progress.step, self.settings.save_every):
-                        self._save()
-                if self.store.newest_step != progress.step:
-                    self._save()
-        finally:
-            self._tell("on_finish", self._snapshot())
+        with self.stop:
+            try:
+                self._go()
+            finally:
+                self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _go(self) -> None:
+        """Every step that is left, with validation and saving where they are due."""
+        steps, progress = self.settings.steps, self.progress
+        self._tell("on_start", self._snapshot())
+        if progress.step == 0 and progress.validation_loss_before is None:
+            self._validate()
+        batches = cast(Iterator[Batch], iter(self.loader))
+        while progress.step < steps and not self._asked_to_stop():
+            self._enter_stage()
+            self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
+            last = progress.step == steps
+            if last or _due(progress.step, self.settings.validation_every):
+                self._validate()
+            if last or _due(progress.step, self.settings.save_every):
+                self._save()
+        if self.store.newest_step != progress.step:
+            self._save()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all stop after the same step."""
@@ -243,11 +243,7 @@ class Trainer:
 
     def _advice(self, change: str) -> str:
         """How to go on after a failed step."""
-        return f"last good checkpoint: {self._last_good()}; try {change}"
-
-    def _last_good(self) -> str:
-        newest = self.store.newest_step
-        return "none yet" if newest is None else str(step_folder(self.store.root, newest))
+        return f"last good checkpoint: {last_good(self.run_dir)}; try {change}"
 
     def _report(self, terms: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
@@ -382,6 +378,12 @@ class Trainer:
     def _tell(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*details)
+
+
+def last_good(run_dir: Path) -> str:
+    """The newest finished checkpoint, in words."""
+    finished = list_checkpoints(run_dir / "checkpoints")
+    return str(finished[-1]) if finished else "none yet"
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -84,14 +87,18 @@ class Ranks:
                 silent.append(rank)
         return silent
 
-    def lost(self, step: int, error: RuntimeError, advice: str) -> LostRankError:
-        """The error to raise when an exchange failed; names the missing, and shows where this process was waiting."""
+    def lost(self, error: RuntimeError, advice: str) -> LostRankError:
+        """The error to raise when an exchange failed: it names the missing; of those left the first is to tell it."""
+        if threading.current_thread() is threading.main_thread():
+            # torchrun ends the others as soon as it misses one: not before they have said which.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if "timed out" in str(error).lower():  # where this process waited, and what its threads do
+            traceback.print_exception(error)
+            faulthandler.dump_traceback(sys.stderr)
         silent = self.missing()
         who = " and ".join(f"rank {rank}" for rank in silent) or "another process"
-        if "imed out" in str(error) or "timeout" in str(error).lower():
-            faulthandler.dump_traceback(sys.stderr)
         told = self.rank != min(rank for rank in range(self.world_size) if rank not in silent)
-        return LostRankError(f"step {step}: {who} does not answer (killed, or hanging); {advice}", told=told)
+        return LostRankError(f"{who} does not answer (killed, or hanging); {advice}", told=told)
 
 
 def is_lost(error: RuntimeError) -> bool:
