@@ -26,7 +26,7 @@ from fusiontree.train.build import (
     run_folder,
     set_checkpointing,
 )
-from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
+from fusiontree.train.callbacks import Callback, Console, Snapshot, is_out_of_memory, memory_gb
 from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
@@ -196,9 +196,10 @@ class Trainer:
             # Read here, where the update waits for the device anyway; after it the next step can begin meanwhile.
             terms = dict(zip(parts[0], self.ranks.sum(sums).tolist(), strict=True))
             norm, updated = self.strategy.update(self.settings.max_grad_norm, self.scale.value)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            advice = self._advice("a smaller training.micro_batch_size")
-            raise TrainingError(f"step {step}: out of memory; {advice}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._failed(f"step {step}: out of memory", "a smaller training.micro_batch_size") from error
         if updated:
             self.scale.succeeded()
             progress.skipped_in_a_row = 0
@@ -249,7 +250,7 @@ class Trainer:
             samples = range(end - rows * self.ranks.world_size, end)
             line = self.spikes.tell(spike, samples, self.loader.origins)
             if self.spikes.ends_the_run(spike):
-                raise TrainingError(f"{line}; {self._advice('a lower training.lr or a higher training.spike_stop')}")
+                raise self._failed(line, "a lower training.lr or a higher training.spike_stop")
             self.console.say(f"warning: {line}")
 
     def _skip(self, step: int, terms: Mapping[str, float], norm: float) -> None:
@@ -258,12 +259,12 @@ class Trainer:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in {**terms, "grad_norm": norm}.items())
         what = f"step {step}: loss or gradient is not finite ({figures}); the weights were not updated"
         if self.progress.skipped_in_a_row > self.settings.max_skipped_steps:
-            raise TrainingError(f"{what}; {self._advice('a lower training.lr')}")
+            raise self._failed(what, "a lower training.lr")
         self.console.say(f"warning: {what}; going on")
 
-    def _advice(self, change: str) -> str:
-        """How to go on after a failed step."""
-        return f"last good checkpoint: {last_good(self.run_dir)}; try {change}"
+    def _failed(self, what: str, change: str) -> TrainingError:
+        """The error that ends the run, with how to go on."""
+        return TrainingError(f"{what}; last good checkpoint: {last_good(self.run_dir)}; try {change}")
 
     def _report(self, figures: Mapping[str, float], lr: float) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
@@ -356,12 +357,13 @@ class Trainer:
 
     def _finish(self) -> RunResult:
         """Say how it ended and write summary.json."""
-        progress = self.progress
-        if progress.step < self.settings.steps:
-            where = f"step {progress.step} of {self.settings.steps}"
-            self.console.say(f"stopped and saved at {where}; run the same command again to go on")
+        progress, steps = self.progress, self.settings.steps
+        if progress.step < steps:
+            self.console.say(
+                f"stopped and saved at step {progress.step} of {steps}; run the same command again to go on"
+            )
         counts = {"parameters": self.strategy.parameters, "spikes": self.spikes.count}
-        return self.store.finish(progress, self.settings.steps, **counts, bad_records=self.loader.bad_records.to_json())
+        return self.store.finish(progress, steps, **counts, bad_records=self.loader.bad_records.to_json())
 
     def _loader(self, split: Literal["train", "validation"]) -> Loader:
         settings, stage = self.settings, self.stage
