@@ -21,7 +21,7 @@ from fusiontree.cli.main import main
 PATIENCE = 120.0  # seconds; a busy machine takes many times what an idle one does
 ROOT = Path(__file__).resolve().parents[2]
 forks = multiprocessing.get_context("forkserver")
-forks.setforkserver_preload(
+forks.set_forkserver_preload(
     ["fusiontree.train", "datasets", "fusiontree.eval.perplexity", "transformers.models.auto", __name__]
 )
 
