@@ -134,3 +134,12 @@ def test_other_text_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt", seed=1)
     with pytest.raises(DataError, match="fingerprint"):
         train(tiny_config(tmp_path, training__steps=4))
+
+
+@pytest.mark.fault(row=13)
+def test_other_text_is_taken_when_that_is_asked_for_and_only_then(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    write_text(tmp_path / "text.txt", seed=1)
+    assert train(tiny_config(tmp_path, training__steps=4, data__allow_changed=True)).step == 4
+    assert "allow_changed" not in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert train(tiny_config(tmp_path, training__steps=6)).step == 6
