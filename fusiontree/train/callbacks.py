@@ -244,6 +244,11 @@ class WandB(Callback):
         self.run_id = state["run_id"]
 
 
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an allocation failed; torch has no type of its own for that on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory so far in GB (10^9 bytes): allocated on the GPU, or resident in this process."""
     if device.type == "cuda":

@@ -27,7 +27,7 @@ from fusiontree.train.build import (
     run_folder,
     set_checkpointing,
 )
-from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
+from fusiontree.train.callbacks import Callback, Console, Snapshot, is_out_of_memory, memory_gb
 from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
@@ -186,7 +186,9 @@ class Trainer:
         try:
             parts = [self._micro_step(step, i, batch, shares) for i, batch in enumerate(batches)]
             norm, updated = self.strategy.update(self.settings.max_grad_norm, self.scale.value)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             advice = self._advice("a smaller training.micro_batch_size")
             raise TrainingError(f"step {step}: out of memory; {advice}") from error
         sums = self.ranks.sum(torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]]))
