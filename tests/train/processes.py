@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fusiontree.recipes.probes import training_probes
 from fusiontree.train import Callback, train
 from fusiontree.train.config import parse_config
 
@@ -33,7 +34,8 @@ class SampleIds(Callback):
 
 def run_job(content: dict[str, Any]) -> None:
     """Train as a config's content says."""
-    train(parse_config(content), callbacks=[SampleIds(Path(content["system"]["run_dir"]))])
+    config = parse_config(content)
+    train(config, callbacks=[SampleIds(Path(config.system.run_dir))], probes=training_probes(config))
 
 
 def launch(processes: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 240) -> None:

@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "training__validation_every": MIDDLE,
     "training__validation_batches": 3,
     "training__loss": {"entropy_weight": 0.1, "sharpen_weight": 0.1},
+    "probes": {"every": MIDDLE, "recall_pairs": [3], "recall_questions": 12, "perplexity_tokens": 64},
     "model__num_hidden_layers": 3,
     "model__drop_branch_prob": 0.0,
     "system__timeout": 60,
@@ -68,7 +69,7 @@ class Place:
         shutil.copytree(old / step, new / step)
 
     def short(self, name: str, engine: str, run: str) -> dict[str, Any]:
-        changes = {"training__steps": 4, "training__save_every": None, "training__validation_every": None}
+        changes = {"training__steps": 4, "training__save_every": None, "training__validation_every": None, "probes": {}}
         taught = {"training__loss": {"distill_weight": 0.5}, "training__teacher": str(self.teacher)}
         return self.content(run, engine, **{**changes, **(taught if "taught" in name else {}), **OTHERS[name]})
 
@@ -108,7 +109,7 @@ def validations(run_dir: Path) -> dict[int, float]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_have_the_losses_of_one(place: Place, engine: str) -> None:
     one, two = (lines(place.run_dir(name)) for name in ("single", engine))
-    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == STEPS + 3
+    assert [line.keys() for line in one] == [line.keys() for line in two] and len(one) == STEPS + 3 + 3
     for before, now in zip(one, two, strict=True):
         assert now == pytest.approx(before, rel=1e-5, abs=1e-5), f"step {before['step']}"
 

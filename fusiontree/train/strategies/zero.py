@@ -100,11 +100,10 @@ class DeepSpeedZero(SingleProcess):
             self.engine.optimizer.override_loss_scale(scale)
         self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def update(self, max_norm: float, scale: float) -> tuple[Tensor, bool]:
+    def update(self, max_norm: float, scale: float) -> tuple[float, bool]:
         """DeepSpeed clips, and leaves the weights alone when the norm is not finite."""
         self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
-        return norm, not self.engine.optimizer.overflow
+        return float(self.engine.get_global_grad_norm()), not self.engine.optimizer.overflow
 
     def accumulating(self, last: bool) -> Any:
         """Gradients are divided after each micro-batch; the last one ends the step."""
