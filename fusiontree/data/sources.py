@@ -11,6 +11,7 @@ from pathlib import Path
 from fusiontree.data.config import SourceConfig
 from fusiontree.data.formats import format_of, open_sections, parse
 from fusiontree.data.records import BadRecords, Document, RecordError, Section
+from fusiontree.data.stretches import Stretch
 from fusiontree.errors import ConfigError, DataError
 
 STDLIB = "stdlib"
@@ -68,12 +69,16 @@ def read_source(
 
 
 def read_files(
-    files: Sequence[Path], source: SourceConfig, bad: BadRecords, advance: Callable[[int], None]
-) -> Iterator[Document]:
-    """Yield the usable documents of some files of a source and count the others, whatever their share."""
+    files: Sequence[Path], source: SourceConfig, bad: BadRecords, advance: Callable[[int], None],
+    stretch: Stretch | None = None,
+) -> Iterator[Document]:  # fmt: skip
+    """Yield the usable documents of some files of a source and count the others, whatever their share.
+
+    `stretch`: only this part of each file.
+    """
     for path in files:
         before = bad.documents
-        for section in open_sections(path, source, advance):
+        for section in open_sections(path, source, advance, stretch):
             document = _document(path, section, source, bad)
             if document is not None:
                 bad.documents += 1
@@ -106,7 +111,7 @@ def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecord
         bad.short += 1
         return None
     try:
-        text = parse(format_of(path), section, source.text_field)
+        text = _parse(path, section, source, bad)
     except RecordError as error:
         bad.add(str(path), section.line, str(error))
         return None
@@ -114,3 +119,16 @@ def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecord
         bad.short += 1
         return None
     return Document(text, str(path), section.line, section.offset, section.size)
+
+
+def _parse(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> str:
+    """The text of a record, mended where that is wanted and enough. Raises RecordError."""
+    form = format_of(path)
+    try:
+        return parse(form, section, source.text_field)
+    except RecordError:
+        if source.invalid_text == "skip":
+            raise
+    text = parse(form, section, source.text_field, errors="replace")
+    bad.mended += 1
+    return text

@@ -1,15 +1,15 @@
 """Prune, export and serve: plans from gates and from measured removal, static export, and the runtime."""
 
 from fusiontree.deploy.apply import apply_plan
-from fusiontree.deploy.export import ExportResult, export_pruned_model, verify_export
+from fusiontree.deploy.export import ExportResult, export_model, export_pruned_model, verify_export
 from fusiontree.deploy.greedy import make_plan
-from fusiontree.deploy.loading import load_model
 from fusiontree.deploy.measure import RemovalMeasurement, measure_removal
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, load_plan, removals, save_plan
 from fusiontree.deploy.progress import console_progress
 from fusiontree.deploy.propose import GateObservation, observe_gates, propose_from_gates, read_gate_log
 from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.deploy.session import Session
+from fusiontree.models.loading import load_model
 
 __all__ = [
     "ExportResult",
@@ -21,6 +21,7 @@ __all__ = [
     "Session",
     "apply_plan",
     "console_progress",
+    "export_model",
     "export_pruned_model",
     "load_model",
     "load_plan",

@@ -11,9 +11,10 @@ import torch
 from fusiontree.deploy.apply import apply_plan
 from fusiontree.deploy.files import check_replaceable, new_folder, write_json
 from fusiontree.deploy.fingerprint import model_fingerprint
-from fusiontree.deploy.loading import check_model_folder, copy_tokenizer_files, load_model, weight_files
+from fusiontree.deploy.loading import copy_tokenizer_files
 from fusiontree.deploy.plan import load_plan, removals, save_plan
 from fusiontree.errors import CheckpointError
+from fusiontree.models.loading import check_model_folder, load_model, weight_files
 
 EXPORT_MARK = "export.json"
 PLAN_COPY = "prune_plan.json"
@@ -67,6 +68,26 @@ def export_pruned_model(
         }
         write_json(folder / EXPORT_MARK, record, CheckpointError)
     return result
+
+
+def export_model(model_path: str | Path, output_path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a checkpoint as a model folder of its own: weights, config and tokenizer, nothing of the training.
+
+    `dtype`: of the weights; None: as they are. Read back and compared before the folder appears.
+    """
+    source = check_model_folder(model_path)
+    output = _checked_output(Path(output_path), source)
+    model = load_model(source, dtype=dtype)
+    with new_folder(output, EXPORT_MARK, CheckpointError) as folder:
+        model.save_pretrained(folder)
+        copy_tokenizer_files(source, folder)
+        written = load_model(folder, dtype=dtype).state_dict()
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(tensor, written[name]):
+                raise CheckpointError(f"{output}: {name} was not written as it is; not exported")
+        record = {"format": "fusiontree-export", "version": 1, "fingerprint": model_fingerprint(model)}
+        write_json(folder / EXPORT_MARK, record, CheckpointError)
+    return output
 
 
 def verify_export(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fusiontree.data import SourceConfig, TokenizerConfig, tokenizer_hash
@@ -23,6 +23,7 @@ from fusiontree.train.checkpoint import keep_newest, latest_checkpoint, list_che
 from fusiontree.train.config import MODEL_ARGUMENTS, DataSection, RunConfig, TrainingSection
 from fusiontree.train.jsonl import JsonLines
 from fusiontree.train.ranks import Ranks
+from fusiontree.train.tensors import read_tensors
 
 STATE_JSON, STATE_TENSORS = "trainer/state.json", "trainer/state.safetensors"
 
@@ -34,12 +35,15 @@ FREE = (
     "training.validation_every",
     "training.validation_batches",
     "training.max_skipped_steps",
+    "training.spike_factor",
+    "training.spike_stop",
     "training.compile",
     "training.activation_checkpointing",
     "data.num_workers",
     "data.cache_dir",
     "data.tokenizer.",  # the tokenizer itself is compared
     "gate_monitor.",
+    "probes.",
     "logging.",
     "system.run_dir",
     "system.device",
@@ -121,8 +125,19 @@ class RunStore:
         return folder
 
     def restore(self, folder: Path, callbacks: Iterable[Callback]) -> tuple[Progress, dict[str, Any]]:
-        """Give callbacks and random generators their state back; gives the counters and the loader's state."""
-        content, tensors = self.ranks.on_first(lambda: (read_run_state(folder), load_file(folder / STATE_TENSORS)))
+        """Give callbacks and random generators their state back; gives the counters and the loader's state.
+
+        Raises CheckpointError when the state is not one that `save` wrote.
+        """
+        content, tensors = self.ranks.on_first(lambda: (read_run_state(folder), read_tensors(folder / STATE_TENSORS)))
+        try:
+            return self._take_up(content, tensors, callbacks), content["loader"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: the training state cannot be used: {error}") from error
+
+    def _take_up(
+        self, content: Mapping[str, Any], tensors: Mapping[str, Tensor], callbacks: Iterable[Callback]
+    ) -> Progress:
         for callback in callbacks:
             own = _below(tensors, f"callback/{callback.name}/")
             if own:
@@ -134,7 +149,7 @@ class RunStore:
         _set_rng(_below(tensors, "rng/"))
         progress = Progress(**content["progress"])
         self.newest_step = progress.step
-        return progress, content["loader"]
+        return progress
 
     def save(
         self,
@@ -177,6 +192,26 @@ class RunStore:
         write_checkpoint(self.root, progress.step, write, facts)
         keep_newest(self.root, self.limit, also=progress.best_step)
 
+    def finish(self, progress: Progress, steps: int, **facts: Any) -> RunResult:
+        """What the run came to, written to summary.json with some `facts`."""
+        best = None
+        if progress.best_step is not None:
+            best = {"step": progress.best_step, "validation_loss": progress.best_validation_loss}
+        result = RunResult(
+            run_dir=self.run_dir,
+            step=progress.step,
+            final_loss=progress.final_loss,
+            validation_loss_before=progress.validation_loss_before,
+            validation_loss_after=progress.validation_loss_after,
+            best=best,
+            interrupted=progress.step < steps,
+        )
+        counted = {"tokens": progress.tokens, "elapsed": progress.elapsed, **facts}
+        summary = {**asdict(result), "run_dir": self.run_dir.name, **counted}
+        if self.ranks.first:
+            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return result
+
     def trim_logs(self, step: int) -> None:
         """Drop the lines after `step`: the resumed run writes them again."""
         for name in ("metrics.jsonl", "gates.jsonl"):
@@ -214,7 +249,7 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_JSON
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return content
 

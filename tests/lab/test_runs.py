@@ -153,17 +153,38 @@ def told(folder: Path) -> dict[str, Any]:
 def test_a_real_run_says_how_it_ended(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="third"):
-        train(tiny_config(tmp_path, training__steps=4), callbacks=[StateFile(folder / "state.json"), Fails()])
+        train(tiny_config(tmp_path, training__steps=4), callbacks=[Fails()])
     row = only(folder)
     assert (row.state, row.step, row.steps, row.notes) == ("failed", 3, 4, ["the third step is too much"])
     try:
         raise KeyError("trouble of the caller, not of the run")
     except KeyError:
-        train(tiny_config(tmp_path, training__steps=4), callbacks=[StateFile(folder / "state.json")])
+        train(tiny_config(tmp_path, training__steps=4))
     row = only(folder)
     assert (row.state, row.step, row.steps, row.notes) == ("finished", 4, 4, [])
     assert row.best_validation_loss is not None and row.bytes > 100_000
     assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+            "another process of the run was lost",
+        ),
+        (RuntimeError("weights of the wrong shape"), "weights of the wrong shape"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_ends_a_run_is_told_in_words(tmp_path: Path, error: Exception, why: str) -> None:
+    file = StateFile(tmp_path / "state.json")
+    with pytest.raises(type(error)):
+        try:
+            raise error
+        finally:
+            file.on_finish(Snapshot(1, 2, print))
+    assert told(tmp_path) == {"state": "failed", "error": why, "step": 1, "steps": 2}
 
 
 def test_a_full_disk_does_not_hide_the_error_that_ends_the_run(tmp_path: Path) -> None:
