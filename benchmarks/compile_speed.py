@@ -108,8 +108,8 @@ def main() -> None:
             raw[kind] = measure(models, options.batch, options.length, kind == "packed", options.rounds)
             rows += summarise(raw[kind], options.batch * options.length, kind)
     remark = (
-        f"Batch {options.batch} × {options.length}, bf16 autocast, fp32 weights, fused AdamW step included. Packed rows "
-        "hold four documents each. The first step includes compiling, with nothing in the compiler's cache."
+        f"Batch {options.batch} × {options.length}, bf16 autocast, fp32 weights, fused AdamW step included. Packed "
+        "rows hold four documents each. The first step includes compiling, with nothing in the compiler's cache."
     )
     settings = vars(options) | as_settings(sizes, models) | {"raw": raw}
     write_result("compile_speed", machine, settings, {"rows": rows, "remarks": [remark]})
