@@ -1,7 +1,8 @@
 """What recomputation saves of the memory that a training step holds, and what it costs in time.
 
 Each size and mode in a process of its own: bytes that autograd keeps from forward to backward (every storage once,
-weights left out), growth of the process above the resting model over whole steps, and seconds per step.
+weights left out) and growth of the process above the resting model over whole steps. Seconds per step in one process,
+the modes taking turns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.machine import arguments, describe, set_threads, write_result
 from fusiontree import HybridConfig, HybridLanguageModel
 
 MODES = ("none", "branches", "block")
-SIZES = ("256x6x2x512", "512x6x2x1024", "768x6x1x2048")  # hidden × layers × rows × tokens
+SIZES = ("256x6x2x512", "512x6x2x1024", "768x4x1x2048")  # hidden × layers × rows × tokens
 
 
 def config_of(hidden: int, layers: int, length: int) -> HybridConfig:
@@ -60,45 +61,62 @@ def loss(model: HybridLanguageModel, ids: Tensor, positions: Tensor) -> Tensor:
     return result
 
 
-def child(size: str, mode: str, rounds: int) -> dict[str, Any]:
-    """One size and mode: bytes kept, growth of the process, seconds of each step."""
+def prepared(size: str) -> tuple[HybridLanguageModel, Tensor, Tensor]:
+    """A model that has been through a short step, so that gradients stand and libraries are loaded; ids; positions."""
     hidden, layers, rows, length = map(int, size.split("x"))
     torch.manual_seed(0)
     model = HybridLanguageModel(config_of(hidden, layers, length)).train()
-    model.model.gradient_checkpointing = mode != "none"
-    model.config.checkpointing = "branches" if mode == "none" else mode
     ids = torch.randint(8192, (rows, length))
     positions = (torch.arange(length) % (length // 3 + 1)).expand(rows, -1)  # three documents per row
-    loss(model, ids[:, :64], positions[:, :64]).backward()  # gradients stand, libraries are loaded
-    kept = kept_bytes(model, ids, positions)
+    loss(model, ids[:, :64], positions[:, :64]).backward()
+    return model, ids, positions
+
+
+def recompute(model: HybridLanguageModel, mode: str) -> None:
+    model.model.gradient_checkpointing = mode != "none"
+    model.config.checkpointing = "branches" if mode == "none" else mode
+
+
+def memory(size: str, mode: str) -> dict[str, int]:
+    """Bytes kept, and growth of this process over two steps."""
+    model, *batch = prepared(size)
+    recompute(model, mode)
+    kept = kept_bytes(model, *batch)
     rest = resident("VmRSS")
     reset_peak()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        loss(model, ids, positions).backward()
-        seconds.append(time.perf_counter() - start)
-    return {"kept": kept, "growth": resident("VmHWM") - rest, "seconds": seconds}
+    for _ in range(2):
+        loss(model, *batch).backward()
+    return {"kept": kept, "growth": resident("VmHWM") - rest}
 
 
-def measure(size: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`child` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.activation_memory", "--child", size, mode]
-    command += ["--rounds", str(options.rounds), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def times(size: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, the modes taking turns."""
+    model, *batch = prepared(size)
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for turn in range(rounds + 1):
+        for mode in MODES:
+            recompute(model, mode)
+            start = time.perf_counter()
+            loss(model, *batch).backward()
+            if turn:
+                seconds[mode].append(time.perf_counter() - start)
+    return seconds
+
+
+def in_child(*arguments: str) -> Any:
+    """What this script prints as JSON in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.activation_memory", "--threads", str(torch.get_num_threads())]
+    done = subprocess.run([*command, "--child", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{size} {mode} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{size} {mode}: {result['kept'] / 1e6:,.0f} MB kept, {statistics.median(result['seconds']):.2f} s", flush=True
-    )
-    return result
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    print(" ".join(arguments), done.stdout.strip(), flush=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(size: str, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(size: str, found: dict[str, dict[str, int]], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """One line per mode, with its saving and its time over `none`."""
     hidden, layers, rows, length = size.split("x")
-    whole, seconds = found["none"], {mode: statistics.median(result["seconds"]) for mode, result in found.items()}
+    whole, medians = found["none"], {mode: statistics.median(values) for mode, values in seconds.items()}
     return [
         {
             "hidden": int(hidden),
@@ -109,8 +127,8 @@ def summarise(size: str, found: dict[str, dict[str, Any]]) -> list[dict[str, Any
             "saved": f"{1 - result['kept'] / whole['kept']:.0%}",
             "peak growth MB": result["growth"] / 1e6,
             "saved of peak": f"{1 - result['growth'] / whole['growth']:.0%}",
-            "s/step": seconds[mode],
-            "time / none": seconds[mode] / seconds["none"],
+            "s/step": medians[mode],
+            "time / none": medians[mode] / medians["none"],
         }
         for mode, result in found.items()
     ]
@@ -122,19 +140,22 @@ def main() -> None:
         "--sizes", nargs="+", default=list(SIZES), metavar="HxLxBxT", help="hidden, layers, rows, tokens"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     set_threads(options.threads)
     if options.child:
-        print(json.dumps(child(*options.child, options.rounds)))
+        kind, size, what = options.child
+        print(json.dumps(memory(size, what) if kind == "memory" else times(size, int(what))))
         return
     if options.quick:
         options.sizes, options.rounds = ["128x2x1x128"], 1
     machine = describe()
     rows, raw = [], {}
     for size in options.sizes:
-        raw[size] = {mode: measure(size, mode, options) for mode in MODES}
-        rows += summarise(size, raw[size])
+        found = {mode: in_child("memory", size, mode) for mode in MODES}
+        seconds = in_child("times", size, str(options.rounds))
+        raw[size] = {"memory": found, "seconds": seconds}
+        rows += summarise(size, found, seconds)
     remark = (
         "Kept: what autograd holds between forward and backward, every storage once, weights left out. Peak growth: of "
         "the process over whole steps, above the model with its gradients; it adds what stands while a step computes. "
