@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.contestants import NAMES, Sizes, as_settings, build, sizes_from
 from benchmarks.machine import arguments, describe, set_threads, write_result
 from fusiontree import HybridLanguageModel
+from fusiontree.models import compile_blocks
 
 
 def training_step(model: Any) -> Callable[[Tensor], None]:
@@ -75,7 +76,7 @@ def run_arm(options: argparse.Namespace, sizes: Sizes, arm: str) -> tuple[list[d
     settings = as_settings(sizes, models)
     if arm == "compiled":
         for model in models.values():
-            model.compile()
+            compile_blocks(model) if isinstance(model, HybridLanguageModel) else model.compile()
     seconds = measure(models, options.batch, options.length, options.rounds, options.warmup)
     return summarise(seconds, options.batch * options.length, arm), settings | {"seconds": seconds}
 
