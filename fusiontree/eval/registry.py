@@ -31,6 +31,7 @@ class Family:
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.
 FAMILIES: dict[str, str] = {
+    "lm_eval": "fusiontree.eval.lm_eval_adapter:FAMILY",
     "perplexity": "fusiontree.eval.context:FAMILY",
 }
 
