@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,18 +97,20 @@ class MqarTask:
         suite, rows = SUITES[one_of(settings, "suite", tuple(SUITES))]
         cases = [case for case in suite if not settings.lengths or case[0] in settings.lengths]
         _check_fit(subject, cases, suite, vocabulary)
-        table, samples = [], []
-        for done, (length, pairs) in enumerate(cases):
+        limit = len(cases) * rows if settings.limit is None else settings.limit
+        table, samples, means = [], [], []
+        for done, (length, pairs) in enumerate(cases[:limit]):
             progress(done, len(cases))
-            count = rows if settings.limit is None else min(rows, settings.limit)
+            count = min(rows, len(range(done, limit, len(cases))))  # a limit is divided among the cases
             inputs, labels = mqar_rows(count, length, pairs, vocabulary, np.random.RandomState(settings.seed))
             shares = progress.once(f"{length}x{pairs}", partial(_shares, subject, inputs, labels))
-            spread = mean_and_error([100 * share for share in shares])
-            table.append({"length": length, "pairs": pairs, "accuracy": spread["mean"], "error": spread["standard_error"]})
+            percent = [100 * share for share in shares]
+            means.append(fmean(percent))
+            error = mean_and_error(percent)["standard_error"]
+            table.append({"length": length, "pairs": pairs, "accuracy": means[-1], "error": error, "rows": count})
             samples += [{"id": f"{length}x{pairs}/{row}", "accuracy": share} for row, share in enumerate(shares)]
         progress(len(cases), len(cases))
-        mean = sum(line["accuracy"] for line in table) / len(table)
-        return {"metrics": {"accuracy": mean}, "tables": {"by_case": table}, "samples": samples}
+        return {"metrics": {"accuracy": fmean(means)}, "tables": {"by_case": table}, "samples": samples}
 
 
 def _shares(subject: Subject, inputs: Tensor, labels: Tensor) -> list[float]:

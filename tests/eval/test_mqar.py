@@ -101,8 +101,8 @@ def test_a_model_that_remembers_and_one_that_does_not() -> None:
     assert (
         result["metrics"] == {"accuracy": 100.0} and parts.told[-1] == (2, 2) and set(parts.kept) == {"64x4", "128x8"}
     )
-    assert result["tables"]["by_case"][1] == {"length": 128, "pairs": 8, "accuracy": 100.0, "error": 0.0}
-    assert len(result["samples"]) == 12 and result["samples"][6] == {"id": "128x8/0", "accuracy": 1.0}
+    assert result["tables"]["by_case"][1] == {"length": 128, "pairs": 8, "accuracy": 100.0, "error": 0.0, "rows": 3}
+    assert len(result["samples"]) == 6 and result["samples"][3] == {"id": "128x8/0", "accuracy": 1.0}
     nothing = MqarTask().measure(subject(lambda ids: torch.zeros(*ids.shape, 512)), settings, Parts())
     assert nothing["metrics"] == {"accuracy": 0.0}
 
