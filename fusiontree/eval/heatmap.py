@@ -61,6 +61,7 @@ def draw_grids(tables: Mapping[str, Any], folder: Path, stem: str) -> list[Path]
     for name, table in tables.items():
         if is_grid(table):
             path = folder / f"{stem.replace(':', '_')}_{name}.png"
+            folder.mkdir(parents=True, exist_ok=True)
             draw_heatmap(table, path, f"{stem}: {table['grid'].replace('_', ' ')}, %")
             paths.append(path)
     return paths

@@ -9,7 +9,7 @@ It has a model judge the answers; here the key phrases in them are counted: subs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from fusiontree.eval.haystack import Haystack, load_haystack
 from fusiontree.eval.heatmap import make_grid
 from fusiontree.eval.options import one_of, whole_number
 from fusiontree.eval.registry import Family
-from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
+from fusiontree.eval.task import Counted, Sample, Scored, TaskSettings, TokenText
 
 SHORTEST, LONGEST, INTERVALS = 1000, 16000, 35  # the original's grid: so many lengths and so many depths
 BUFFER = 200  # tokens of the length that are kept free for question and answer
@@ -72,7 +72,7 @@ class NeedleTask:
     def __init__(self, name: str, facts: Facts | None) -> None:
         self.name, self._facts = name, facts
 
-    def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
+    def samples(self, text: TokenText, settings: TaskSettings) -> Counted:
         """The cells, the shortest first; with a limit so many of them, evenly spread over the grid."""
         haystack = load_haystack(settings.data)
         repeats = whole_number(settings, "repeats", 1) if self._facts is None else 1
@@ -85,8 +85,8 @@ class NeedleTask:
         count = len(cells) if settings.limit is None else min(settings.limit, len(cells))
         chat = one_of(settings, "chat", ("no", "yes")) == "yes"
         hay = Hay(text, haystack, max(length for length, _, _ in cells), chat)
-        for index in range(count):
-            yield self._sample(hay, *cells[index * len(cells) // count], settings)
+        chosen = (cells[index * len(cells) // count] for index in range(count))
+        return Counted((self._sample(hay, *cell, settings) for cell in chosen), count)
 
     def _sample(self, hay: Hay, length: int, depth: float, turn: int, settings: TaskSettings) -> Sample:
         facts = self._facts_of(length, depth, turn, settings)

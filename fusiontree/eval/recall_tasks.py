@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from fusiontree.errors import ConfigError
 from fusiontree.eval.heatmap import make_grid
 from fusiontree.eval.options import whole_numbers
 from fusiontree.eval.registry import Family
-from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
+from fusiontree.eval.task import Counted, Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.words import word_list
 
 SAMPLES = 100
@@ -78,16 +78,18 @@ class RecallTask:
     version: int = 1
     main_metric: str = "exact"
 
-    def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
+    def samples(self, text: TokenText, settings: TaskSettings) -> Counted:
         """The sizes take turns, so that a limit leaves as many of each; ConfigError for a size that does not fit."""
         sizes = self._sizes(text, settings)
         count = SAMPLES * len(sizes) if settings.limit is None else settings.limit
-        for number in range(count):
-            index, size = number // len(sizes), sizes[number % len(sizes)]
-            asked = self._asked(size, index, settings)
-            facts = {"size": size, **({} if asked.fifth is None else {"fifth": asked.fifth})}
-            new_tokens = _answer_tokens(text, asked)
-            yield Sample(f"{size}/{index}", asked.prompt, (asked.answer,), new_tokens, stop=("\n",), facts=facts)
+        places = ((sizes[number % len(sizes)], number // len(sizes)) for number in range(count))
+        return Counted((self._sample(text, size, index, settings) for size, index in places), count)
+
+    def _sample(self, text: TokenText, size: int, index: int, settings: TaskSettings) -> Sample:
+        asked = self._asked(size, index, settings)
+        facts = {"size": size, **({} if asked.fifth is None else {"fifth": asked.fifth})}
+        new_tokens = _answer_tokens(text, asked)
+        return Sample(f"{size}/{index}", asked.prompt, (asked.answer,), new_tokens, stop=("\n",), facts=facts)
 
     def _asked(self, size: int, index: int, settings: TaskSettings) -> Asked:
         return self.ask(Draw(make_key(settings.seed, zlib.crc32(self.name.encode()), size, index)), size)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ class ChainMaker:
 
     room: Room
     smallest: int = HOPS + 1
+    most: float = math.inf
 
     def question(self, draw: Draw, size: int, index: int) -> Question:
         """Facts: the depth of the five lines in percent."""

@@ -26,6 +26,7 @@ class CommonWordsMaker:
 
     room: Room
     smallest: int = 2 * COMMON
+    most: float = math.inf
 
     def question(self, draw: Draw, size: int, index: int) -> Question:
         """Common words 30 times and others 3 times; below 4,096 tokens 6 times and once."""
@@ -63,6 +64,7 @@ class FrequentWordsMaker:
     """Coded words whose frequencies fall as 1/rank², the first of them dots; sizes in words."""
 
     length: int
+    most: float = math.inf
 
     @property
     def smallest(self) -> int:

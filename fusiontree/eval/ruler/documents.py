@@ -61,6 +61,11 @@ class DocumentMaker:
         """The documents that the neediest question needs."""
         return max(len(asked.documents) for asked in self.corpus.questions)
 
+    @property
+    def most(self) -> float:
+        """Those of the file."""
+        return len(self.corpus.questions)
+
     def question(self, draw: Draw, size: int, index: int) -> Question:
         """What is needed, then others of the same article, then any, shuffled; all repeated where they do not fill."""
         asked = self.corpus.questions[index]

@@ -52,6 +52,10 @@ class Maker(Protocol):
     def smallest(self) -> int:
         """The least size that is a question."""
 
+    @property
+    def most(self) -> float:
+        """How many questions there are."""
+
     def question(self, draw: Draw, size: int, index: int) -> Question:
         """Question `index` with a haystack of so many sentences, words, entries or documents."""
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class NeedleMaker:
 
     kind: NeedleKind
     haystack: Callable[[], Haystack]
+    most: float = math.inf
 
     @property
     def smallest(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from fusiontree.eval.ruler.maker import Maker, Question, Room, wording
 from fusiontree.eval.ruler.needles import KINDS, NeedleMaker
 from fusiontree.eval.ruler.scoring import clean, string_match_all, string_match_part
 from fusiontree.eval.sizes import largest
-from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
+from fusiontree.eval.task import Counted, Sample, Scored, TaskSettings, TokenText
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 SAMPLES = 500
@@ -40,12 +40,12 @@ def make_maker(name: str, room: Room) -> Maker:
 
 
 @dataclass(frozen=True)
-class Sized:
+class Filled:
     """Questions of one task that fill one length: prompt and answer together never have more tokens."""
 
-    name: str
     maker: Maker
     room: Room
+    name: str
     new_tokens: int
 
     def sample(self, index: int) -> Sample:
@@ -84,17 +84,15 @@ class RulerTask:
         self.name, self._short = f"ruler:{name}", name
         self._wording = wording(name if name in ("vt", "cwe", "fwe") else name.split("_")[0])
 
-    def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
+    def samples(self, text: TokenText, settings: TaskSettings) -> Counted:
         """500 at each length, the lengths taking turns, so that a limit leaves as many of each."""
         lengths = task_lengths(text, settings)
-        rooms = [Sized(self.name, make_maker(self._short, room), room, self._wording.new_tokens)
-                 for room in (Room(text, length, settings) for length in lengths)]  # fmt: skip
-        count = SAMPLES * len(lengths) if settings.limit is None else settings.limit
-        for number in range(count):
-            index, sized = number // len(lengths), rooms[number % len(lengths)]
-            if isinstance(sized.maker, DocumentMaker) and index == len(sized.maker.corpus.questions):
-                return
-            yield sized.sample(index)
+        rooms = [Room(text, length, settings) for length in lengths]
+        sized = [Filled(make_maker(self._short, room), room, self.name, self._wording.new_tokens) for room in rooms]
+        most = int(min(SAMPLES, sized[0].maker.most)) * len(lengths)
+        count = most if settings.limit is None else min(settings.limit, most)
+        numbers = (divmod(number, len(lengths)) for number in range(count))
+        return Counted((sized[place].sample(index) for index, place in numbers), count)
 
     def score(self, sample: Sample, output: str) -> dict[str, float]:
         """Share of the references in the answer; with documents, whether any of them is."""
