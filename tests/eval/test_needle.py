@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.shuffle import Draw
 from fusiontree.data.synthetic import needle
@@ -23,7 +25,7 @@ from fusiontree.eval.needle import (
     tokens_of,
 )
 from fusiontree.eval.registry import find_tasks
-from fusiontree.eval.task import Scored, TaskSettings
+from fusiontree.eval.task import Scored, TaskSettings, TokenText
 from tests.eval.texts import KINDS, ask, grade, ignorant, token_text
 
 TASKS = ("needle", "needle_multi", "needle_code")
@@ -155,6 +157,18 @@ def test_the_chat_template_counts() -> None:
 def test_what_cannot_be_is_one_clear_line(settings: dict, said: str) -> None:
     with pytest.raises((ConfigError, DataError), match=re.escape(said)):
         ask(find_tasks("needle")[0], token_text("byte", 2000), **settings)
+
+
+def test_a_full_stop_in_sentencepiece_style() -> None:
+    """A lone full stop is another id there, with a blank in front; that id never stands in a text."""
+    letters = {letter: index for index, letter in enumerate("▁.abcdefghijklmnopqrstuvwxyzAS")}
+    core = Tokenizer(models.BPE(vocab={**letters, "▁.": len(letters)}, merges=[("▁", ".")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text = TokenText(PreTrainedTokenizerFast(tokenizer_object=core), 100)
+    told = text.encode("All is well. So it is.")
+    assert text.encode(".") == [len(letters)] and len(letters) not in told
+    context, (place,) = insert_needles(told, [[0]], 60, 100, period_tokens(text))
+    assert text.decode(context[:place]) == "All is well."
 
 
 def test_a_tokenizer_without_a_full_stop_is_refused() -> None:
