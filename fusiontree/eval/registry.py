@@ -31,8 +31,15 @@ class Family:
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.
 FAMILIES: dict[str, str] = {
+    "copy": "fusiontree.eval.recall_tasks:COPY",
     "lm_eval": "fusiontree.eval.lm_eval_adapter:FAMILY",
+    "mqar": "fusiontree.eval.mqar:FAMILY",
+    "needle": "fusiontree.eval.needle:SINGLE",
+    "needle_code": "fusiontree.eval.needle:CODE",
+    "needle_multi": "fusiontree.eval.needle:MULTI",
     "perplexity": "fusiontree.eval.context:FAMILY",
+    "phonebook": "fusiontree.eval.recall_tasks:PHONEBOOK",
+    "ruler": "fusiontree.eval.ruler:FAMILY",
 }
 
 
