@@ -172,6 +172,7 @@ def _tell(subject: Subject, outcome: Outcome) -> None:
 
     from fusiontree.cli import INPUT_ERROR
     from fusiontree.cli.main import tell
+    from fusiontree.eval.curves import draw_curves
     from fusiontree.eval.heatmap import draw_grids
     from fusiontree.eval.journal import to_json
     from fusiontree.eval.results import results_table
@@ -180,8 +181,13 @@ def _tell(subject: Subject, outcome: Outcome) -> None:
     if outcome.results:
         Console(highlight=False).print(results_table(subject.name, outcome.results))
         typer.echo(f"results: {outcome.path}")
+    plots = outcome.path.parent / "plots"
     for name, result in outcome.results.items():
-        for picture in draw_grids(result["tables"], outcome.path.parent / "plots", name):
+        pictures = draw_grids(result["tables"], plots, name)
+        if "by_length" in result["tables"] and "by_position" in result["tables"]:
+            pictures.append(plots / f"{name}.png")
+            draw_curves(result["tables"], pictures[-1], f"{subject.name}: {name}")
+        for picture in pictures:
             typer.echo(f"picture: {picture}")
     ruler = {name: result for name, result in outcome.results.items() if name.startswith("ruler:")}
     for name, error in outcome.failed.items():

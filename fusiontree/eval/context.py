@@ -62,7 +62,7 @@ class Plan:
     @property
     def edges(self) -> list[int]:
         """Where buckets of tokens seen begin, and one past the last."""
-        inner = [FIRST_EDGE << power for power in range(32) if FIRST_EDGE << power <= self.longest]
+        inner = [FIRST_EDGE << power for power in range(32) if FIRST_EDGE << power < self.longest]
         return [1, *inner, self.longest + 1]
 
     def stride(self, length: int) -> int:
@@ -186,11 +186,10 @@ def _found(plan: Plan, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict
     ]
     metrics: dict[str, Any] = {}
     errors: dict[str, Any] = {}
-    for row in rows:
-        for suffix in ["", f"@{row['length']}"] if row is rows[-1] else [f"@{row['length']}"]:
-            for name in ("perplexity", "bits_per_byte"):
-                metrics[name + suffix] = row[name]
-                errors[name + suffix] = row[f"{name}_error"]
+    for suffix, row in [("", rows[-1]), *((f"@{row['length']}", row) for row in rows)]:
+        for name in ("perplexity", "bits_per_byte"):
+            metrics[name + suffix] = row[name]
+            errors[name + suffix] = row[f"{name}_error"]
     samples = [
         {"length": n, **each, **{key: each[key][0] for key in ("nats", "tokens", "bytes")}}
         for n in plan.lengths

@@ -31,6 +31,7 @@ def test_a_run_is_evaluated(evaluated: tuple[str, Path], run: Path) -> None:
     assert found["results"]["perplexity"] == kept["tasks"]["perplexity"]["metrics"] and found["failed"] == {}
     assert kept["model"]["name"] == str(latest_checkpoint(run)) and kept["model"]["fingerprint"] == found["fingerprint"]
     assert kept["tasks"]["perplexity"]["settings"]["lengths"] == [32, 64]
+    assert f"picture: {out}/plots/perplexity.png" in stdout and (out / "plots" / "perplexity.png").stat().st_size > 5000
 
 
 def test_the_same_command_again_asks_nothing_and_says_the_same(
