@@ -201,8 +201,6 @@ class HarnessTask:
             for name, some in found["samples"].items()
             for sample in some
         ]
-        if not samples:
-            raise DataError(f"{self.name}: there is not one sample; nothing was measured")
         tables = {"tasks": tasks, "harness": {"lm_eval": found.get("lm_eval_version"), "contexts_cut": cut}}
         return {"metrics": metrics, "errors": errors, "tables": tables, "samples": samples}
 
@@ -256,6 +254,8 @@ def _load(member: str, settings: TaskSettings) -> tuple[Any, list[Any]]:
 def _loaded(manager: Any, member: str) -> list[Any]:
     try:
         found = manager.load([member])
+    except IndexError:  # the harness looks at the first question
+        raise DataError(f"{PREFIX}{member}: there is not one question in its data") from None
     except Exception as error:  # whatever a task's own code and the data sets library raise
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise DataError(f"{PREFIX}{member}: the task or its data cannot be had: {reason}") from error

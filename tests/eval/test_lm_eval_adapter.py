@@ -167,6 +167,11 @@ def test_data_that_cannot_be_had_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_set_is_refused():
+    with pytest.raises(DataError, match="made_up_nothing: there is not one question"):
+        HarnessTask("made_up_nothing").measure(subject(), settings(), Forgetful())
+
+
 def test_without_the_harness_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'fusiontree\[eval\]'"):
