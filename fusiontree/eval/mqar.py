@@ -6,7 +6,7 @@ Keys with their values, then some of the keys again, each asking for its value; 
     labels  . . . . . . 7 . . . . . 8 . . .      -100 (here a dot) where nothing is asked
 
 Shapes: R rows, L tokens, V vocabulary. Ids are drawn from the whole vocabulary, so that only a model trained on this
-task can do it; for any other language model use `phonebook`.
+task can do it. The task `recall` is its form for any language model: pairs of words, as in the probe while training.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fusiontree.errors import ConfigError
-from fusiontree.eval.options import one_of, whole_number
+from fusiontree.eval.options import one_of, whole_number, whole_numbers
 from fusiontree.eval.perplexity import IGNORED_LABEL
+from fusiontree.eval.recall import recall_accuracy, recall_rows, word_tokens
 from fusiontree.eval.registry import Family
 from fusiontree.eval.results import mean_and_error
 from fusiontree.eval.task import Progress, TaskSettings
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from fusiontree.eval.subject import Subject
 
 VOCABULARY, POWER = 8192, 0.01
+PAIRS, QUESTIONS = (4, 8, 16, 32, 64, 128), 512
 MAX_LOGITS = 1 << 24  # standing in memory at once: 64 MB in fp32
 Case = tuple[int, int]  # length, pairs
 # The published test sets: ICLR 2024, figure 2, and Based (arXiv:2402.18668); and rows per case.
@@ -130,6 +133,47 @@ def _check_fit(subject: Subject, cases: Sequence[Case], suite: Sequence[Case], v
         raise ConfigError(f"{vocabulary} ids, the model has {known}: set --option vocabulary to what it learned")
 
 
+class RecallTask:
+    """Accuracy in percent by number of pairs: words as keys and values, each key again, the value by arg-max."""
+
+    name, version, main_metric = "recall", 1, "accuracy"
+
+    def measure(self, subject: Subject, settings: TaskSettings, progress: Progress) -> dict[str, Any]:
+        """Raises ConfigError or DataError for more pairs than the model's length or its tokenizer has words for."""
+        asked = whole_numbers(settings, "pairs", ())
+        words = word_tokens(subject.tokenizer, 4 * max(asked or PAIRS), settings.seed)
+        possible = [pairs for pairs in PAIRS if 2 * pairs <= len(words) and 4 * pairs <= subject.max_length]
+        wanted = asked or possible or PAIRS[:1]
+        if 4 * max(wanted) > subject.max_length:
+            raise ConfigError(
+                f"{max(wanted)} pairs are {4 * max(wanted)} tokens, the model may see {subject.max_length}"
+            )
+        table = []
+        for done, pairs in enumerate(wanted):
+            progress(done, len(wanted))
+            rows = recall_rows(words, pairs, QUESTIONS if settings.limit is None else settings.limit, settings.seed)
+            accuracy = progress.once(str(pairs), partial(_recalled, subject, rows))
+            table.append({"pairs": pairs, "accuracy": 100 * accuracy, "questions": len(rows) * pairs})
+        progress(len(wanted), len(wanted))
+        metrics = {f"accuracy@{line['pairs']}": line["accuracy"] for line in table}
+        mean = fmean(metrics.values())
+        return {"metrics": {"accuracy": mean, **metrics}, "tables": {"by_pairs": table}, "samples": table}
+
+
+def _recalled(subject: Subject, rows: Tensor) -> float:
+    def model(input_ids: Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
+        return SimpleNamespace(logits=subject.logits(input_ids, last=logits_to_keep))
+
+    return recall_accuracy(model, rows, subject.vocab_size)
+
+
+RECALL = Family(
+    "recall",
+    "pairs of words, a value by its key: the probe of training, for any model",
+    lambda _: RecallTask(),
+    reads=("limit", "seed"),
+    options={"pairs": f"numbers of pairs, separated by commas (default {','.join(map(str, PAIRS))})"},
+)
 FAMILY = Family(
     "mqar",
     "multi-query associative recall (Zoology), for models trained on it",

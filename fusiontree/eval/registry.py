@@ -39,6 +39,7 @@ FAMILIES: dict[str, str] = {
     "needle_multi": "fusiontree.eval.needle:MULTI",
     "perplexity": "fusiontree.eval.context:FAMILY",
     "phonebook": "fusiontree.eval.recall_tasks:PHONEBOOK",
+    "recall": "fusiontree.eval.mqar:RECALL",
     "ruler": "fusiontree.eval.ruler:FAMILY",
 }
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+import torch
+
 from fusiontree.eval.heatmap import draw_grids
+from fusiontree.eval.recall import RecallProbe
 from fusiontree.eval.registry import FAMILIES, check_settings, find_tasks
 from fusiontree.eval.run import evaluate
 from fusiontree.eval.task import TaskSettings
@@ -35,5 +39,29 @@ def test_recall_of_pairs_names_and_letters(tmp_path: Path) -> None:
     assert not outcome.failed and all(result["errors"] != {} for result in outcome.results.values())
 
 
+def test_recall_is_what_the_probe_says_while_training(tmp_path: Path) -> None:
+    model = subject()
+    settings = TaskSettings(limit=40, seed=3, options={"pairs": "4,8"})
+    outcome = evaluate(model, find_tasks("recall"), settings, tmp_path / "words")
+    with torch.no_grad():
+        told = RecallProbe(model.tokenizer, (4, 8), 40, seed=3)(model.model)
+    metrics = outcome.results["recall"]["metrics"]
+    assert {name: share for name, share in metrics.items() if "@" in name} == {
+        f"accuracy@{pairs}": 100 * share for pairs, share in told.items()
+    }
+    assert outcome.results["recall"]["tables"]["by_pairs"][1]["questions"] == 40
+    usual = evaluate(model, find_tasks("recall"), TaskSettings(limit=8), tmp_path / "usual").results["recall"]
+    assert set(usual["metrics"]) == {"accuracy", "accuracy@4", "accuracy@8", "accuracy@16"}, "the bytes have 52 letters"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"), [("100", "100 pairs are 400 tokens, the model may see 256"), ("40", "40 pairs need 80 tokens")]
+)
+def test_more_pairs_than_there_can_be(pairs: str, said: str, tmp_path: Path) -> None:
+    settings = TaskSettings(options={"pairs": pairs})
+    outcome = evaluate(subject(), find_tasks("recall"), settings, tmp_path / "out")
+    assert said in str(outcome.failed["recall"])
+
+
 def test_every_family_of_these_is_in_the_table() -> None:
-    assert {"copy", "mqar", "needle", "needle_code", "needle_multi", "phonebook", "ruler"} <= set(FAMILIES)
+    assert {"copy", "mqar", "needle", "needle_code", "needle_multi", "phonebook", "recall", "ruler"} <= set(FAMILIES)
