@@ -24,6 +24,7 @@ class Sample:
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
     facts: Mapping[str, Any] = field(default_factory=dict)  # length, depth, classes …: for score and summarise
     chat: bool = False  # put through the tokenizer's chat template, when it has one
+    never_empty: bool = False  # the first token of the answer is neither an end token nor the end of a stop
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class TokenText:
         return len(self.encode(text, special=True))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of the text; with `special` also what the tokenizer puts around a prompt by itself (BOS)."""
-        # `verbose=False`: a text longer than the model is cut by the task, which knows.
+        """Ids of the text; with `special` also what the tokenizer puts around a prompt (BOS), unless it begins so."""
+        special = special and not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+        # `verbose=False`: that a text is longer than the model is for the caller to see to.
         ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
