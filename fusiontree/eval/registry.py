@@ -30,7 +30,14 @@ class Family:
 
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.
-FAMILIES: dict[str, str] = {}
+FAMILIES: dict[str, str] = {
+    "codebase": "fusiontree.eval.codebase:FAMILY",
+    "leval": "fusiontree.eval.leval:FAMILY",
+    "longbench": "fusiontree.eval.longbench:FAMILY",
+    "longbench_e": "fusiontree.eval.longbench:FAMILY_E",
+    "longbench_v2": "fusiontree.eval.longbench_v2:FAMILY",
+    "repobench": "fusiontree.eval.repobench:FAMILY",
+}
 
 
 def family(name: str) -> Family:
