@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from fusiontree.eval.subject import Subject
@@ -97,8 +97,8 @@ class Task(Protocol):
     def main_metric(self) -> str:
         """The one of `metrics` that stands for the task."""
 
-    def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
-        """The questions, in a fixed order, at most `settings.limit`.
+    def samples(self, text: TokenText, settings: TaskSettings) -> Iterable[Sample]:
+        """The questions, in a fixed order, at most `settings.limit`; a list also tells how many there are.
 
         Each fits: tokens of the prompt plus `max_new_tokens` ≤ `text.max_length` (the runner refuses one that does
         not). Raises DataError when the data cannot be had: where it was looked for, where to get it.
@@ -108,7 +108,11 @@ class Task(Protocol):
         """What this answer is worth, by name; `output` ends before the first stop."""
 
     def summarise(self, scored: Sequence[Scored]) -> dict[str, Any]:
-        """{"metrics": {name: number}, "tables": {name: rows or cells}}, all JSON; plots are drawn from the tables."""
+        """{"metrics": {name: number}, "tables": {name: rows or cells}}, all JSON; plots are drawn from the tables.
+
+        "errors": {name of a metric: standard error} may come with them; where a metric is the mean of the score of the
+        same name (times 100 or not) the runner adds it. The prompts of the samples are empty here.
+        """
 
 
 class Progress(Protocol):
@@ -121,6 +125,7 @@ class Progress(Protocol):
         """The JSON value kept under `key` by an earlier start, else what `measure` gives, kept at once."""
 
 
+@runtime_checkable
 class DirectTask(Protocol):
     """A task that asks the model for more or less than text: losses, the most probable token at positions."""
 
@@ -137,7 +142,10 @@ class DirectTask(Protocol):
         """The one of `metrics` that stands for the task."""
 
     def measure(self, subject: Subject, settings: TaskSettings, progress: Progress) -> dict[str, Any]:
-        """{"metrics": {name: number}, "tables": {…}, "samples": [one JSON object per sample]}."""
+        """{"metrics": {name: number}, "tables": {…}, "samples": [one JSON object per sample]}, "errors" as above.
+
+        DataError when there is nothing to measure.
+        """
 
 
 AnyTask = Task | DirectTask
