@@ -112,8 +112,10 @@ def _new(uses: Sequence[Use], files: Mapping[str, str], seen: set[str]) -> Itera
 
 
 def _uses(root: Path, path: str) -> list[Use]:
+    """The uses in a file, one of each line."""
     python, others = _parsers(root)
-    return python.uses(path) if path.endswith(PYTHON) else others.uses(path)
+    found = python.uses(path) if path.endswith(PYTHON) else others.uses(path)
+    return list({use.line: use for use in reversed(found)}.values())[::-1]
 
 
 @lru_cache(maxsize=2)

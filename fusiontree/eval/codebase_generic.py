@@ -57,9 +57,8 @@ def _definitions(files: Mapping[str, str]) -> dict[str, Definition]:
         for number, line in enumerate(lines):
             match = DEFINITION.match(line)
             if match:
-                found[match.group(1)].append(
-                    Definition(path, match.group(1), snippet(lines, number, _end(lines, number)))
-                )
+                text = snippet(lines, number, _end(lines, number))
+                found[match.group(1)].append(Definition(path, match.group(1), text))
     return {name: places[0] for name, places in found.items() if len({each.path for each in places}) == 1}
 
 

@@ -51,6 +51,6 @@ def shortened(text: TokenText, cut: Callable[[int], str], limit: int, room: int,
         over = text.count(text.chat(prompt) if chat else prompt) - room
         if over <= 0:
             return prompt
-        if limit <= over + 1:
+        if limit <= 1:
             raise DataError(f"a prompt does not fit into {room} tokens however much of its document is left out")
-        limit -= over
+        limit = max(limit - over, limit // 2)  # the first for a fixed addition, the second where text grows with it

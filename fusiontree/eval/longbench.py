@@ -58,6 +58,7 @@ class Rules:
     tokens: int  # of the answer
     first_line: bool = False  # only the first line of the answer counts, after leading line breaks
     chat: bool = True
+    one_line: bool = False  # writing stops at a line break, of which there is none at the beginning
 
 
 RULES: dict[str, Rules] = {
@@ -75,7 +76,7 @@ RULES: dict[str, Rules] = {
     "vcsum": Rules(ROUGE_ZH, 512),
     "trec": Rules(_class_score, 64, first_line=True, chat=False),
     "triviaqa": Rules(F1, 32, first_line=True, chat=False),
-    "samsum": Rules(ROUGE, 128, first_line=True, chat=False),
+    "samsum": Rules(ROUGE, 128, first_line=True, chat=False, one_line=True),
     "lsht": Rules(_class_score, 64, first_line=True, chat=False),
     "passage_count": Rules(_plain(share_of_numbers), 32),
     "passage_retrieval_en": Rules(_plain(partial(retrieval, word="Paragraph ")), 32),
@@ -117,8 +118,10 @@ class LongBench:
                 prompt=prompt,
                 references=tuple(record["answers"]),
                 max_new_tokens=self.rules.tokens,
+                stop=("\n",) if self.rules.one_line else (),
                 facts={**facts, **_record_facts(record), "template": form.official, "cut": prompt != whole},
                 chat=self.rules.chat,
+                never_empty=self.rules.one_line,
             )
 
     def score(self, sample: Sample, output: str) -> dict[str, float]:
@@ -139,9 +142,6 @@ class LongBench:
                 metrics[name] = _percent(group)
                 rows.append({"length": name, "samples": len(group), "score": metrics[name]})
             tables["lengths"] = rows
-            tables["lengths"] = [
-                {"length": name, "samples": len(groups[name]), "score": metrics[name]} for name in groups
-            ]
         return {"metrics": metrics, "tables": tables}
 
 

@@ -15,6 +15,8 @@ from fusiontree.errors import DataError
 
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Hub that cannot be reached -> why: twenty tasks do not wait for it twenty times.
+UNREACHABLE: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def from_hub(repository: str, member: str | None = None, **settings: Any) -> lis
     With `member`: of that file in the repository's data.zip; `datasets` no longer runs the scripts that unpacked it.
     Raises DataError when the package or the hub cannot be had.
     """
+    if repository in UNREACHABLE:
+        raise DataError(UNREACHABLE[repository])
     try:
         if member is not None:
             from huggingface_hub import hf_hub_download
@@ -66,7 +70,10 @@ def from_hub(repository: str, member: str | None = None, **settings: Any) -> lis
         raise
     except Exception as error:  # hub, network and reader errors share no base class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{repository}: cannot be read from the Hugging Face hub: {reason}") from error
+        message = f"{repository}: cannot be read from the Hugging Face hub: {reason}"
+        if isinstance(error, ConnectionError | FileNotFoundError):
+            UNREACHABLE[repository] = message
+        raise DataError(message) from error
 
 
 def _on_disk(name: str, data: Path) -> list[Record]:

@@ -12,6 +12,7 @@ from fusiontree.eval.metrics.chinese import segment
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # The signs LongBench drops besides the ASCII ones: full-width forms, CJK brackets and dots, dashes and quotes.
+# It lacks 《, an oversight that every published number has.
 CHINESE_SIGNS = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"
     "–—‘’‛“”„‟…‧﹏."
