@@ -36,6 +36,7 @@ FAMILIES: dict[str, str] = {
     "longbench": "fusiontree.eval.longbench:FAMILY",
     "longbench_e": "fusiontree.eval.longbench:FAMILY_E",
     "longbench_v2": "fusiontree.eval.longbench_v2:FAMILY",
+    "perplexity": "fusiontree.eval.context:FAMILY",
     "repobench": "fusiontree.eval.repobench:FAMILY",
 }
 
@@ -89,13 +90,18 @@ def task_names() -> list[str]:
     return words
 
 
+def flag(name: str) -> str:
+    """A field of TaskSettings as on the command line."""
+    return "--corrected" if name == "official" else f"--{name}"
+
+
 def check_settings(names: Sequence[str], settings: TaskSettings) -> None:
     """ConfigError for a setting or option that none of the tasks named would read."""
     groups = [family(name.partition(":")[0]) for name in names]
     read = {flag for group in groups for flag in group.reads} | {"max_length", "options"}
     for item in fields(TaskSettings):
         if item.name not in read and getattr(settings, item.name) != getattr(TaskSettings(), item.name):
-            raise ConfigError(f"--{item.name}: none of {', '.join(names)} reads it")
+            raise ConfigError(f"{flag(item.name)}: none of {', '.join(names)} reads it")
     known = {key: about for group in groups for key, about in group.options.items()}
     for key in settings.options:
         if key not in known:

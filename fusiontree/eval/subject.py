@@ -20,6 +20,7 @@ from fusiontree.models.fingerprint import model_fingerprint
 
 LENGTH_KEYS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 NO_LIMIT = 10**9  # tokenizers without a length say about 1e30
+LOGITS_AT_ONCE = 1 << 29  # 1 GB in bf16, 2 GB in fp32
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context (at least one) and of its continuation."""
@@ -122,10 +123,20 @@ class Subject:
         """
         for context, continuation in rows:
             self._check_fits(len(context) + len(continuation) - 1, 0)
+        pieces = [piece for pair in rows for piece in self._pieces(*pair)]
+        lengths = [len(context) + len(rest) for context, rest in pieces]
         found: dict[int, tuple[Tensor, bool]] = {}
-        for batch in self._batches([len(context) + len(rest) for context, rest in rows]):
-            found.update(zip(batch, self._score_batch([rows[i] for i in batch]), strict=True))
-        return [found[i] for i in range(len(rows))]
+        for batch in self._batches(lengths, [len(context) for context, _ in pieces]):
+            found.update(zip(batch, self._score_batch([pieces[i] for i in batch]), strict=True))
+        scored = iter(found[i] for i in range(len(pieces)))
+        of_rows = [[next(scored) for _ in self._pieces(*pair)] for pair in rows]
+        return [(torch.cat([each for each, _ in parts]), all(best for _, best in parts)) for parts in of_rows]
+
+    def _pieces(self, context: list[int], rest: list[int]) -> Iterator[Pair]:
+        """A continuation whose logits would be too many to hold, in parts that are each the context of the next."""
+        most = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        for begin in range(0, len(rest), most):
+            yield context + rest[:begin], rest[begin : begin + most]
 
     def _score_batch(self, rows: list[Pair]) -> list[tuple[Tensor, bool]]:
         # Right padding and no mask: what comes later cannot change a causal model's earlier logits.
@@ -175,7 +186,8 @@ class Subject:
         for row in rows:
             self._check_fits(len(row), max_new_tokens)
         found: dict[int, str] = {}
-        for batch in self._batches([len(row) for row in rows]):
+        lengths = [len(row) for row in rows]
+        for batch in self._batches(lengths, lengths):
             written = self._generate_batch([rows[i] for i in batch], max_new_tokens, tuple(stop), never_empty)
             found.update(zip(batch, written, strict=True))
         return [found[i] for i in range(len(rows))]
@@ -214,11 +226,22 @@ class Subject:
         endings = [self.text.encode(text)[-1:] for text in stop]
         return sorted(self.end_ids | {token for ending in endings for token in ending}) or None
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of rows in batches of like length, the longest first: what does not fit memory fails at once."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for begin in range(0, len(order), self.batch_size):
-            yield order[begin : begin + self.batch_size]
+    def _batches(self, lengths: Sequence[int], starts: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of rows in batches of like length, the longest first: what does not fit memory fails at once.
+
+        Logits are held from the first of a batch's `starts` on.
+        """
+        batch: list[int] = []
+        for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if batch:
+                columns = lengths[batch[0]] - min(starts[i] for i in (*batch, row))
+                too_many = (len(batch) + 1) * columns * self.vocab_size > LOGITS_AT_ONCE
+                if too_many or len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def _check_fits(self, tokens: int, new_tokens: int) -> None:
         if tokens + new_tokens > self.max_length:

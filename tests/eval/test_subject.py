@@ -43,6 +43,20 @@ def test_loglikelihood_is_the_plain_sum_at_every_batch_size(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_bound_on_the_logits_held_changes_no_number(kind, monkeypatch):
+    asked = subject(kind, batch_size=8)
+    free = asked.loglikelihood(PAIRS)
+    seen = []
+    hook = asked.model.register_forward_hook(lambda _, given, out: seen.append(out.logits.shape))
+    monkeypatch.setattr("fusiontree.eval.subject.LOGITS_AT_ONCE", 3 * VOCABULARY)
+    bound = asked.loglikelihood(PAIRS)
+    hook.remove()
+    assert max(shape[0] * shape[1] for shape in seen) == 3 and len(seen) > len(PAIRS)
+    assert [score for score, _ in bound] == pytest.approx([score for score, _ in free], abs=1e-4)
+    assert [greedy for _, greedy in bound] == [greedy for _, greedy in free]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_greedy_writes_is_greedy(kind):
     asked = subject(kind)
     written = asked.generate(["the gate"], 6)[0]
