@@ -167,23 +167,30 @@ def _tell_length(subject: Subject) -> None:
 
 
 def _tell(subject: Subject, outcome: Outcome) -> None:
-    """The table, errors, and last on standard output one JSON object; exit code 2 when a task could not be done."""
+    """Table, pictures, errors, and last on standard output one JSON object; exit code 2 when a task cannot be done."""
     from rich.console import Console
 
     from fusiontree.cli import INPUT_ERROR
     from fusiontree.cli.main import tell
+    from fusiontree.eval.heatmap import draw_grids
     from fusiontree.eval.journal import to_json
     from fusiontree.eval.results import results_table
+    from fusiontree.eval.ruler import overall
 
     if outcome.results:
         Console(highlight=False).print(results_table(subject.name, outcome.results))
         typer.echo(f"results: {outcome.path}")
+    for name, result in outcome.results.items():
+        for picture in draw_grids(result["tables"], outcome.path.parent / "plots", name):
+            typer.echo(f"picture: {picture}")
+    ruler = {name: result for name, result in outcome.results.items() if name.startswith("ruler:")}
     for name, error in outcome.failed.items():
         tell(type(error)(f"{name}: {error}"))
     last = {
         "model": subject.name,
         "fingerprint": subject.fingerprint,
         "results": {name: result["metrics"] for name, result in outcome.results.items()},
+        **({"ruler": overall(ruler)} if ruler else {}),
         "failed": {name: " ".join(str(error).split()) for name, error in outcome.failed.items()},
         "file": str(outcome.path) if outcome.results else None,
     }

@@ -14,6 +14,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from fusiontree.data.sources import STDLIB
 from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.codebase_generic import OtherFiles
 from fusiontree.eval.codebase_python import PythonFiles
@@ -43,7 +44,7 @@ class Codebase:
 
     def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
         """One per use and length; files in an order that the seed gives, one use of each before a second of any."""
-        root = (settings.data or standard_library()).resolve()
+        root = corpus_folder(settings.data)
         lengths = settings.lengths or (text.max_length,)
         if max(lengths) > text.max_length:
             raise ConfigError(f"--lengths {max(lengths)}: the model sees no more than {text.max_length} tokens")
@@ -79,6 +80,11 @@ class Codebase:
     def summarise(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """Percent of all and per length."""
         return summary(scored, "length")
+
+
+def corpus_folder(data: Path | None) -> Path:
+    """The folder that is meant; `stdlib`, or nothing, is the running Python's standard library."""
+    return (standard_library() if data is None or data == Path(STDLIB) else data).resolve()
 
 
 def chosen_uses(root: Path, seed: int) -> Iterator[Use]:

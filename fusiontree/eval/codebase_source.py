@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -74,15 +75,13 @@ def source_files(root: Path) -> dict[str, str]:
 
 
 def _readable(root: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(root.rglob("*")):
-        inner = path.relative_to(root)
-        hidden = any(LEFT_OUT.fullmatch(part) for part in inner.parts[:-1])
-        if hidden or path.suffix not in (*PYTHON, *OTHERS) or not path.is_file():
-            continue
-        if path.stat().st_size > LARGEST_FILE:
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # an old encoding: not text for a model either
-            continue
-        yield inner.as_posix(), text
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not LEFT_OUT.fullmatch(name))
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.suffix not in (*PYTHON, *OTHERS) or not path.is_file() or path.stat().st_size > LARGEST_FILE:
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # an old encoding: not text for a model either
+                continue
+            yield path.relative_to(root).as_posix(), text

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby, islice
@@ -185,7 +185,7 @@ def _ask(
     task: Task, subject: Subject, settings: TaskSettings, open_journal: Callable[[], Journal], show: Show
 ) -> dict[str, Any]:
     samples = task.samples(subject.text, settings)
-    total = len(samples) if isinstance(samples, Sequence) else settings.limit or 0
+    total = len(samples) if isinstance(samples, Sized) else settings.limit or 0
     places: dict[str, int] = {}
     scored: list[Scored] = []
     journal: Journal | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -34,6 +34,20 @@ class Scored:
     sample: Sample
     output: str
     scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Samples that are made one by one, and how many there will be."""
+
+    samples: Iterator[Sample]
+    count: int
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.samples
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Task(Protocol):
         """The one of `metrics` that stands for the task."""
 
     def samples(self, text: TokenText, settings: TaskSettings) -> Iterable[Sample]:
-        """The questions, in a fixed order, at most `settings.limit`; a list also tells how many there are.
+        """The questions, in a fixed order, at most `settings.limit`; what has a length tells how many there are.
 
         Each fits: tokens of the prompt plus `max_new_tokens` ≤ `text.max_length` (the runner refuses one that does
         not). Raises DataError when the data cannot be had: where it was looked for, where to get it.

@@ -112,3 +112,12 @@ def test_bad_input_is_one_line(
     assert error.startswith("error: ") and said in error, error
     assert "Traceback" not in result.output
     assert sorted(tmp_path.rglob("*")) == before, "something half-written is left"
+
+
+def test_grids_become_pictures_and_ruler_has_a_line_over_its_tasks(call: Call, run: Path, tmp_path: Path) -> None:
+    words = ("eval", run, "--tasks", "needle_code,ruler:fwe", "--lengths", "1000", "--depths", "0,100", "--limit", 2)
+    result = call(*words, "--max-length", 1000, "--option", "new_tokens=2", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    picture = tmp_path / "out" / "plots" / "needle_code_grid.png"
+    assert picture.stat().st_size > 5000 and f"picture: {picture}" in result.stdout.replace("\n", "")
+    assert last_line(result.stdout)["ruler"]["by_length"] == [{"length": 1000, "score": 0.0, "tasks": 1}]

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from fusiontree.data.tokenizer import byte_tokenizer
 from fusiontree.errors import ConfigError, DataError
-from fusiontree.eval.codebase import Codebase, chosen_uses
+from fusiontree.eval.codebase import Codebase, chosen_uses, corpus_folder
 from fusiontree.eval.codebase_generic import OtherFiles
 from fusiontree.eval.codebase_python import PythonFiles
 from fusiontree.eval.codebase_source import source_files
@@ -197,6 +199,7 @@ def test_folders_without_questions_are_named(tmp_path):
 
 def test_the_standard_library_is_the_default():
     samples = list(Codebase("cross_file").samples(text(1024), TaskSettings(limit=5)))
+    assert corpus_folder(Path("stdlib")) == corpus_folder(None)
     assert len({sample.facts["file"] for sample in samples}) == 5
     for sample in samples:
         assert sample.facts["name"] in sample.references[0]

@@ -1,6 +1,6 @@
 """L-Eval's own table out of the answers of three models that its repository holds, where a clone of it is at hand:
 
-    FUSIONTREE_LEVAL=path/to/LEval pytest tests/eval/test_leval_table.py
+FUSIONTREE_LEVAL=path/to/LEval pytest tests/eval/test_leval_table.py
 """
 
 import json
