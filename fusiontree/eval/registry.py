@@ -31,8 +31,13 @@ class Family:
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.
 FAMILIES: dict[str, str] = {
+    "codebase": "fusiontree.eval.codebase:FAMILY",
     "copy": "fusiontree.eval.recall_tasks:COPY",
+    "leval": "fusiontree.eval.leval:FAMILY",
     "lm_eval": "fusiontree.eval.lm_eval_adapter:FAMILY",
+    "longbench": "fusiontree.eval.longbench:FAMILY",
+    "longbench_e": "fusiontree.eval.longbench:FAMILY_E",
+    "longbench_v2": "fusiontree.eval.longbench_v2:FAMILY",
     "mqar": "fusiontree.eval.mqar:FAMILY",
     "needle": "fusiontree.eval.needle:SINGLE",
     "needle_code": "fusiontree.eval.needle:CODE",
@@ -40,6 +45,7 @@ FAMILIES: dict[str, str] = {
     "perplexity": "fusiontree.eval.context:FAMILY",
     "phonebook": "fusiontree.eval.recall_tasks:PHONEBOOK",
     "recall": "fusiontree.eval.mqar:RECALL",
+    "repobench": "fusiontree.eval.repobench:FAMILY",
     "ruler": "fusiontree.eval.ruler:FAMILY",
 }
 

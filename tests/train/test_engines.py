@@ -131,11 +131,13 @@ def test_every_step_has_the_samples_of_one_process(place: Place, engine: str) ->
     assert samples(place.run_dir(engine)) == one
 
 
+@pytest.mark.fault(row=11)
 @pytest.mark.parametrize("run", ["single then fsdp", "fsdp then zero2", "ddp then zero3"])
 def test_any_engine_goes_on_from_the_checkpoint_of_another(place: Place, run: str) -> None:
     assert_goes_on(place, run)
 
 
+@pytest.mark.fault(row=11)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_process_goes_on_from_two(place: Place, engine: str) -> None:
     place.halfway(engine, f"{engine} then single")
@@ -143,6 +145,7 @@ def test_one_process_goes_on_from_two(place: Place, engine: str) -> None:
     assert_goes_on(place, f"{engine} then single")
 
 
+@pytest.mark.fault(row=11)
 def test_four_processes_go_on_from_two(place: Place) -> None:
     place.halfway("zero3", "zero3 then ddp on 4")
     place.halfway("ddp", "ddp then fsdp on 4")

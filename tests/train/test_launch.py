@@ -60,6 +60,7 @@ def test_two_machines_meet(tmp_path: Path, alone: list[dict[str, Any]]) -> None:
     assert_as_alone(tmp_path / "run", alone)
 
 
+@pytest.mark.fault(row=2)
 @pytest.mark.slow
 def test_the_script_hands_a_signal_on_and_goes_on_later(tmp_path: Path, alone: list[dict[str, Any]]) -> None:
     """SIGTERM to the script: both processes finish the same step, one checkpoint is whole, the rest comes later."""
