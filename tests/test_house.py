@@ -39,6 +39,7 @@ OPTIONAL = [
     "triton",
     "deepspeed",
     "lm_eval",
+    "jieba",
     "fastapi",
     "uvicorn",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Item = TypeVar("Item")
 Numbers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 ROUNDS = 6
@@ -94,3 +97,26 @@ class Draw:
     def below(self, bound: int) -> int:
         """A number in [0, bound), all alike (to 2^-64 × bound)."""
         return (self.next() * bound) >> 64
+
+    def choose(self, items: Sequence[Item]) -> Item:
+        """One of the items."""
+        return items[self.below(len(items))]
+
+    def shuffled(self, items: Iterable[Item]) -> list[Item]:
+        """The items in another order (Fisher and Yates)."""
+        order = list(items)
+        for last in range(len(order) - 1, 0, -1):
+            other = self.below(last + 1)
+            order[last], order[other] = order[other], order[last]
+        return order
+
+    def sample(self, items: Sequence[Item], count: int) -> list[Item]:
+        """`count` of the items, each place at most once. ValueError when there are fewer."""
+        if count > len(items):
+            raise ValueError(f"{count} of {len(items)} items")
+        if 4 * count > len(items):
+            return self.shuffled(items)[:count]
+        places: dict[int, None] = {}
+        while len(places) < count:
+            places[self.below(len(items))] = None
+        return [items[place] for place in places]

@@ -30,11 +30,16 @@ def needle(draw: Draw, size: int, haystack: Haystack) -> str:
 
     `… real text … The code of ruvek is 40917. … real text … Question: what is the code of ruvek? Answer: 40917`
     """
-    name, code = _word(draw, 5), _number(draw, 5)
-    fact, question = f" The code of {name} is {code}. ", f"\nQuestion: what is the code of {name}? Answer: {code}"
-    text = haystack(draw, max(size - len(fact) - len(question), 0))
+    fact, question, code = code_fact(draw)
+    text = haystack(draw, max(size - len(fact) - len(question) - len(code), 0))
     depth = draw.below(len(text) + 1)
-    return text[:depth] + fact + text[depth:] + question
+    return text[:depth] + fact + text[depth:] + question + code
+
+
+def code_fact(draw: Draw) -> tuple[str, str, str]:
+    """A fact, the question it answers and the answer; the evaluation task `needle_code` asks for the same."""
+    name, code = _word(draw, 5), _number(draw, 5)
+    return f" The code of {name} is {code}. ", f"\nQuestion: what is the code of {name}? Answer:", f" {code}"
 
 
 def recall(draw: Draw, size: int, haystack: Haystack) -> str:
@@ -46,7 +51,7 @@ def recall(draw: Draw, size: int, haystack: Haystack) -> str:
     drawn = (_word(draw, letters) for _ in range(max((size - 14) // (2 * letters + 8), 2)))
     keys = list(dict.fromkeys(drawn))
     values = {key: _number(draw, 2) for key in keys}
-    asked = _shuffled(draw, keys)
+    asked = draw.shuffled(keys)
     return f"Pairs: {_pairs(keys, values)}. Ask: {_pairs(asked, values)}"
 
 
@@ -198,11 +203,3 @@ def _letters(draw: Draw, count: int) -> str:
 
 def _pairs(keys: Sequence[str], values: dict[str, str]) -> str:
     return " ".join(f"{key}={values[key]}" for key in keys)
-
-
-def _shuffled(draw: Draw, items: Sequence[str]) -> list[str]:
-    order = list(items)
-    for last in range(len(order) - 1, 0, -1):
-        other = draw.below(last + 1)
-        order[last], order[other] = order[other], order[last]
-    return order

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from fusiontree.deploy.files import write_text
-from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.deploy.plan import BRANCHES, Branch
 from fusiontree.deploy.progress import ProgressFn, silent
 from fusiontree.errors import PlanError
+from fusiontree.models.fingerprint import model_fingerprint
 from fusiontree.models.json_files import one_line, read_json_lines
 
 Evaluate = Callable[[Any], float]

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from fusiontree.deploy.files import write_json
-from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.errors import PlanError
+from fusiontree.models.fingerprint import model_fingerprint
 from fusiontree.models.json_files import one_line, read_json
 from fusiontree.models.loading import MAX_LAYERS
 

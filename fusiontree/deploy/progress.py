@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ProgressFn = Callable[[int, int, str], None]
-"""Called with (steps done, steps in all as far as known, what was just done)."""
+"""Called with (steps done, steps in all or 0 where that is not known, what was just done)."""
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -34,7 +34,7 @@ def console_progress(title: str, console: Console | None = None) -> Iterator[Pro
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, note=text)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total or None, note=text)
 
 
 def _plain_lines(title: str, console: Console) -> ProgressFn:
@@ -43,8 +43,8 @@ def _plain_lines(title: str, console: Console) -> ProgressFn:
     def show(done: int, total: int, text: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES or done >= total:
-            console.print(f"{title} {done}/{total} {text}", highlight=False, markup=False)
+        if now - last >= SECONDS_BETWEEN_LINES or 0 < total <= done:
+            console.print(f"{title} {done}{f'/{total}' if total else ''} {text}", highlight=False, markup=False)
             last = now
 
     return show

@@ -8,13 +8,13 @@ import torch
 from typing_extensions import Unpack
 
 from fusiontree.deploy.decoding import Decoding
-from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.deploy.loading import load_saved_tokenizer
 from fusiontree.deploy.sampling import GenerationOptions, Options
 from fusiontree.deploy.session import CACHE_FILE, Session, SessionRecord, load_cache, read_record
 from fusiontree.deploy.text_stream import TextStream
 from fusiontree.errors import CheckpointError, ConfigError
 from fusiontree.models.cache import HybridCache
+from fusiontree.models.fingerprint import model_fingerprint
 from fusiontree.models.json_files import one_line
 from fusiontree.models.loading import load_model
 

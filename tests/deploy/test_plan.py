@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree.deploy.files import path_inside
-from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.deploy.plan import MAX_PLAN_BYTES, PrunePlan, load_plan, parse_plan, removals, save_plan
 from fusiontree.errors import PlanError
+from fusiontree.models.fingerprint import model_fingerprint
 
 LAYERS = [{"mixers": ["mamba", "attention"]}, {"mixers": ["mamba", "attention"]}, {"mixers": ["attention"]}]
 

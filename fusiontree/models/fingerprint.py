@@ -1,4 +1,4 @@
-"""A short name for a model's weights and layers, so that a plan or session made for another model is noticed."""
+"""A short name for a model's weights and layers, so that a plan, session or result of another model is noticed."""
 
 import hashlib
 import json
@@ -12,9 +12,11 @@ SAMPLES_PER_TENSOR = 256
 def model_fingerprint(model: Any) -> str:
     """Hash of the layer list and of names, shapes and up to 256 evenly spaced values of every parameter.
 
-    Values are compared in bfloat16, so that the same checkpoint loaded in fp32 or bf16 has the same fingerprint.
+    Values are compared in bfloat16, so that the same checkpoint loaded in fp32 or bf16 has the same fingerprint. Any
+    Hugging Face model will do; of one that is not ours the model type stands for the layer list.
     """
-    digest = hashlib.sha256(json.dumps(model.config.layers, sort_keys=True).encode())
+    layers = getattr(model.config, "layers", None) or model.config.model_type
+    digest = hashlib.sha256(json.dumps(layers, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(_sample(parameter.detach()).numpy().tobytes())
