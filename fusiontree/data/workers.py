@@ -24,7 +24,9 @@ _here: dict[str, Any] = {}
 
 def in_processes(work: Work, tasks: Sequence[Any], workers: int, advance: Advance) -> None:
     """Do all tasks. Raises what a task raises, or DataError that says where the workers stood when one died."""
-    context = get_context("spawn")  # a forked child would inherit the locks of the tokenizer's threads
+    # Forked from here, a child would inherit locks of the tokenizer's threads; a fresh one would import for seconds.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fusiontree.data"])
     # Without locks, which a worker that is killed would take with it; each writes to places of its own.
     done, stop = context.Array("q", workers, lock=False), context.Value("b", 0, lock=False)
     places: list[Any] = [context.Array("c", PLACE_BYTES, lock=False) for _ in range(workers)]

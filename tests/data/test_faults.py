@@ -240,7 +240,7 @@ def test_data_smaller_than_a_step_is_refused_at_once(jsonl, packing: bool, batch
 @pytest.mark.fault(row=19)
 def test_a_small_stream_is_read_again_and_again(jsonl) -> None:
     """Row 19: a stream has no end, so no batch is too large for it."""
-    loader = loader_of(SourceConfig(path=jsonl(["a" * 100]), mode="streaming"), length=32, batch=5000)
+    loader = loader_of(SourceConfig(path=jsonl(["a" * 20_000]), mode="streaming"), length=32, batch=5000)
     assert next(iter(loader))["input_ids"].shape == (5000, 32)
 
 
