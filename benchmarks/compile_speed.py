@@ -53,7 +53,8 @@ def training_step(model: HybridLanguageModel, batch: int, length: int, packed: b
 def measure(models: dict[str, HybridLanguageModel], batch: int, length: int, packed: bool, rounds: int) -> dict:
     """Per arm: seconds of the first step (compilation included) and of `rounds` more after a second."""
     steps = {name: training_step(model, batch, length, packed) for name, model in models.items()}
-    first, seconds = {}, {name: [] for name in models}
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for name, step in steps.items():
         first[name] = step(0)
         step(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import machine
+from benchmarks import activation_memory, compile_speed, machine
 from benchmarks.contestants import NAMES, QUICK, TOLERANCE, Sizes, _count_on_meta, build, matching_intermediate_size
 from benchmarks.floor import forward_flops_per_token
 from benchmarks.length_scaling import exponent
@@ -58,3 +58,25 @@ def test_a_quick_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
     machine.write_result("some_speed", {}, {"quick": True}, {"rows": []})
     assert not (tmp_path / "results").exists()
+
+
+def test_packed_rows_of_the_compile_benchmark_hold_documents():
+    positions = compile_speed.documents(3, 50, seed=0)
+    assert positions.shape == (3, 50) and (positions[:, 0] == 0).all()
+    step = positions[:, 1:] - positions[:, :-1]
+    assert ((step == 1) | (positions[:, 1:] == 0)).all() and (positions == 0).sum() > 6
+    found = {"first": {"eager": 1.0, "compiled": 9.0}, "seconds": {"eager": [2.0, 4.0, 2.0], "compiled": [1.0] * 3}}
+    rows = compile_speed.summarise(found, 100, "packed")
+    assert [row["tokens/s (median)"] for row in rows] == [50, 100] and rows[1]["this / eager"] == 2
+
+
+def test_kept_bytes_fall_with_what_is_recomputed():
+    model, ids, positions = activation_memory.prepared("64x2x1x96")
+    kept = []
+    for mode in activation_memory.MODES:
+        activation_memory.recompute(model, mode)
+        kept.append(activation_memory.kept_bytes(model, ids, positions))
+    assert kept[0] > 2 * kept[1] > 2 * kept[2] > 0
+    found = {mode: {"kept": size, "growth": 2 * size} for mode, size in zip(activation_memory.MODES, kept, strict=True)}
+    rows = activation_memory.summarise("64x2x1x96", found, {mode: [1.0] for mode in activation_memory.MODES})
+    assert rows[0]["saved"] == "0%" and rows[1]["kept MB"] == kept[1] / 1e6
