@@ -191,7 +191,7 @@ def _tell(subject: Subject, outcome: Outcome) -> None:
             typer.echo(f"picture: {picture}")
     ruler = {name: result for name, result in outcome.results.items() if name.startswith("ruler:")}
     for name, error in outcome.failed.items():
-        tell(type(error)(f"{name}: {error}"))
+        tell(error if str(error).startswith(name) else type(error)(f"{name}: {error}"))
     last = {
         "model": subject.name,
         "fingerprint": subject.fingerprint,

@@ -77,6 +77,30 @@ def test_more_than_the_model_is_made_for_is_said(call: Call, run: Path, corpus: 
     assert result.exit_code == 0 and "512 tokens are more than the 256" in result.stderr
 
 
+def test_one_task_that_cannot_be_done_leaves_the_others_alone(call: Call, run: Path, tmp_path: Path) -> None:
+    result = call(
+        "eval", run, "--tasks", "perplexity,copy", "--limit", 2, "--option", "sizes=4", "--out", tmp_path / "o"
+    )
+    assert result.exit_code == 2
+    assert "error: perplexity: " in result.stderr and "--data" in result.stderr
+    last = last_line(result.stdout)
+    assert set(last["results"]) == {"copy"} and set(last["failed"]) == {"perplexity"}
+
+
+def test_an_interruption_says_how_to_go_on(
+    call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusiontree.eval.subject.Subject.continue_ids", interrupt)
+    words = ("eval", run, "--tasks", "copy", "--limit", 2, "--option", "sizes=4", "--out", tmp_path / "o")
+    result = call(*words)
+    assert result.exit_code == 130 and "goes on with what has no answer yet" in result.stderr
+    monkeypatch.undo()
+    assert call(*words).exit_code == 0
+
+
 BAD = {
     "unknown task": (("{run}", "--tasks", "perplexity,nonsense"), "nonsense: there is no such task; there are"),
     "no task": (("{run}", "--tasks", ","), "name at least one"),
