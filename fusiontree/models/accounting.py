@@ -83,7 +83,7 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
     parameters["lm_head"] = 0 if config.tie_word_embeddings else vocabulary
     parameters["norm"] += 0 if _ends_normed(config) else config.hidden_size
     flops["lm_head"] = 2 * vocabulary
-    if config.srte_shared and any(_has_time(config, spec) for spec in config.layer_specs):
+    if config.srte_shared and any(has_time(config, spec) for spec in config.layer_specs):
         parameters["srte"] += _srte_parameters(config)
         flops["srte"] += _srte_flops(config)
     states = Counter({"ssm": 0, "conv": 0, "local_kv": 0, "global_kv": 0})
@@ -106,7 +106,7 @@ def _ends_normed(config: HybridConfig) -> bool:
     return config.norm_placement == "post" and config.layer_specs[-1].block == "hybrid"
 
 
-def _has_time(config: HybridConfig, spec: LayerSpec) -> bool:
+def has_time(config: HybridConfig, spec: LayerSpec) -> bool:
     return config.srte != "none" and spec.block == "hybrid" and "mamba" in spec.mixers
 
 
@@ -119,16 +119,16 @@ def _srte_flops(config: HybridConfig) -> int:
     return 2 * config.srte_rank * config.hidden_size if config.srte == "low_rank" else 0
 
 
-def _mamba_channels(config: HybridConfig) -> int:
+def mamba_channels(config: HybridConfig) -> int:
     """Channels of the convolution: x, B and C."""
     return config.mamba_inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
 
 
-def _projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
+def projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
     """Weights that stand in a matrix product with every token, by part."""
     hidden, inner, counts = config.hidden_size, config.mamba_inner_size, Counter[str]()
     if "mamba" in spec.mixers:
-        counts["mamba"] = hidden * (2 * inner + _mamba_channels(config) + config.mamba_num_heads)
+        counts["mamba"] = hidden * (2 * inner + mamba_channels(config) + config.mamba_num_heads)
     if "attention" in spec.mixers:
         query = config.num_attention_heads * config.head_dim
         counts["attention"] = 2 * hidden * (query + config.num_key_value_heads * config.head_dim)
@@ -141,7 +141,7 @@ def _projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
 
 
 def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
-    counts = _projections(config, spec)
+    counts = projections(config, spec)
     norms = 1
     if spec.block == "hybrid":
         norms += config.norm_placement != "pre"
@@ -149,21 +149,21 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
         norms += config.mlp_type != "none"
     counts["norm"] = norms * config.hidden_size
     if "mamba" in spec.mixers:
-        convolution = _mamba_channels(config) * (config.mamba_d_conv + 1)
+        convolution = mamba_channels(config) * (config.mamba_d_conv + 1)
         counts["mamba"] += convolution + 3 * config.mamba_num_heads + config.mamba_inner_size
-    if _has_time(config, spec) and not config.srte_shared:
+    if has_time(config, spec) and not config.srte_shared:
         counts["srte"] = _srte_parameters(config)
     return counts
 
 
 def _layer_flops(config: HybridConfig, spec: LayerSpec, length: int) -> Counter[str]:
     """Per token, mean over a row of `length`."""
-    flops: Counter[str] = Counter({part: 2 * count for part, count in _projections(config, spec).items()})
+    flops: Counter[str] = Counter({part: 2 * count for part, count in projections(config, spec).items()})
     if "mamba" in spec.mixers:
-        flops["mamba"] += 2 * config.mamba_d_conv * _mamba_channels(config) + _ssd_flops(config, length)  # type: ignore[assignment]
+        flops["mamba"] += 2 * config.mamba_d_conv * mamba_channels(config) + _ssd_flops(config, length)  # type: ignore[assignment]
     if "attention" in spec.mixers:
         flops["attention"] += _attention_flops(config, spec, length)  # type: ignore[assignment]
-    if _has_time(config, spec) and not config.srte_shared:
+    if has_time(config, spec) and not config.srte_shared:
         flops["srte"] += _srte_flops(config)
     return flops
 
@@ -178,13 +178,13 @@ def _ssd_flops(config: HybridConfig, length: int) -> float:
     return within + 4 * inner * state + combined
 
 
-def _global_heads(config: HybridConfig, spec: LayerSpec) -> int:
+def global_heads(config: HybridConfig, spec: LayerSpec) -> int:
     return config.num_attention_heads if spec.sliding_window is None else spec.global_heads
 
 
 def _attention_flops(config: HybridConfig, spec: LayerSpec, length: int) -> float:
     """Scores and weighted values over the keys that a query sees, on average over the row."""
-    wide = _global_heads(config, spec)
+    wide = global_heads(config, spec)
     window = min(spec.sliding_window or length, length)
     seen_by_all = (length + 1) / 2
     seen_in_window = window - window * (window - 1) / (2 * length)
@@ -197,9 +197,9 @@ def _layer_states(config: HybridConfig, spec: LayerSpec, length: int, rows: int,
     states = {"ssm": 0, "conv": 0, "local_kv": 0, "global_kv": 0}
     if "mamba" in spec.mixers:
         states["ssm"] = 4 * rows * config.mamba_inner_size * config.mamba_d_state
-        states["conv"] = dtype_bytes * rows * _mamba_channels(config) * (config.mamba_d_conv - 1)
+        states["conv"] = dtype_bytes * rows * mamba_channels(config) * (config.mamba_d_conv - 1)
     if "attention" in spec.mixers:
-        wide, heads = _global_heads(config, spec), config.num_attention_heads
+        wide, heads = global_heads(config, spec), config.num_attention_heads
         per_key = 2 * dtype_bytes * rows * config.head_dim
         states["global_kv"] = per_key * length * _kv_heads(config, 0, wide)
         kept = min((spec.sliding_window or 1) - 1, length)  # the next token brings the window's last key itself
@@ -218,7 +218,7 @@ def _layer_activations(config: HybridConfig, spec: LayerSpec) -> int:
     hidden, inner = config.hidden_size, config.mamba_inner_size
     total = 4 * hidden
     if "mamba" in spec.mixers:
-        total += 4 * inner + 3 * _mamba_channels(config) + 2 * config.mamba_chunk_size * config.mamba_num_heads
+        total += 4 * inner + 3 * mamba_channels(config) + 2 * config.mamba_chunk_size * config.mamba_num_heads
     if "attention" in spec.mixers:
         total += (4 * config.num_attention_heads + 3 * config.num_key_value_heads) * config.head_dim
     if spec.block == "hybrid":

@@ -98,7 +98,10 @@ def _remembered(masks: MaskMemo, key: tuple, dtype: torch.dtype, build: Callable
 def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Masked attention over everything before, in blocks of queries, so that no mask grows as L²."""
     length, keys = q.shape[2], k.shape[2]
-    size = max(1, min(length, _BLOCK_BUDGET // keys))
+    size = query_block(length, keys)
+    if size < length:
+        # Once for all blocks: every block's own copy would be kept for the backward.
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     outputs = []
     for begin in range(0, length, size):
         end = min(begin + size, length)
@@ -115,12 +118,23 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
+def query_block(length: int, keys: int) -> int:
+    """Queries that heads that see everything take at once where they need a mask."""
+    return max(1, min(length, _BLOCK_BUDGET // keys))
+
+
+def window_blocks(length: int, window: int) -> tuple[int, int]:
+    """Queries in a block of windowed attention, and key blocks before each block's own that they can see."""
+    block = min(length, max(window // 4, 32))
+    return block, -(-window // block)
+
+
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Blocks of Q queries, each with the keys it can see and the rest of their blocks: work and memory grow as L·W."""
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
-    Q = min(length, max(window // 4, 32))
-    n, m = -(-length // Q), -(-window // Q)  # query blocks; key blocks before each query's own
+    Q, m = window_blocks(length, window)
+    n = -(-length // Q)
     # Keys missing in front (superfluous if negative), and queries behind, to fill whole blocks.
     before, after = length + m * Q - keys, n * Q - length
     q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q))
