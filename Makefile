@@ -1,5 +1,6 @@
 # make demo   the whole road on real text (10 minutes on 2 cores after the install)
 # make test   ruff, mypy, pytest
+# make faults the tests of docs/reliability.md alone, their outcome in docs/reliability.json
 # make format / make clean
 
 # The first Python that can make a virtual environment; 3.11 is what constraints.txt was made with.
@@ -15,13 +16,16 @@ SOURCES := $(TYPED) tests
 # Two workers with one thread each beat one worker with two threads on the small models of the tests.
 WORKERS ?= 2
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test faults lint types format clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/python -m fusiontree demo
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+faults: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m fault --fault-report docs/reliability.json
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(SOURCES)

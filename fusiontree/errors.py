@@ -23,3 +23,11 @@ class PlanError(FusionTreeError):
 
 class TrainingError(FusionTreeError):
     """Training cannot go on (for example a loss that is not finite)."""
+
+
+class LostRankError(TrainingError):
+    """Another process of the run is gone; `told`: a process of a lower rank says so already."""
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

@@ -10,6 +10,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+pytest_plugins = ["tests.faults.report"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import Any
 
 import typer
@@ -18,10 +19,11 @@ from fusiontree.cli import (
     info,
     prune,
     report,
+    runs,
     tokenizer,
     train,
 )
-from fusiontree.errors import FusionTreeError
+from fusiontree.errors import FusionTreeError, LostRankError
 
 GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
@@ -29,6 +31,7 @@ GO_ON = {
     "generate": "the text above is not finished",
     "chat": "the conversation is over",
 }
+FIRST_TELLS = 5.0  # seconds
 START_AGAIN = "nothing half-written is left; run the same command again"
 
 
@@ -39,12 +42,24 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except FusionTreeError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            tell(error)
             raise typer.Exit(INPUT_ERROR) from None
         except KeyboardInterrupt as interruption:
             how = str(interruption) or f"interrupted; {GO_ON.get(ctx.invoked_subcommand, START_AGAIN)}"
             typer.echo(f"\n{how}", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def tell(error: FusionTreeError) -> None:
+    """Print an error in one line; of several processes with the same one, the first prints."""
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, LostRankError):
+        if error.told:
+            return
+    elif rank > 0:
+        time.sleep(FIRST_TELLS)  # torchrun ends this process meanwhile when the first one fails too
+    who = f" (rank {rank})" if rank > 0 else ""
+    typer.echo(f"error{who}: {' '.join(str(error).split())}", err=True)
 
 
 app = typer.Typer(
@@ -57,7 +72,7 @@ app = typer.Typer(
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
     "generate. Exit codes: 0 done, 2 the input cannot be used (one line says why), 130 interrupted.",
 )
-for verb in (demo, train, prune, export, generate, chat, info, report):
+for verb in (demo, train, prune, export, generate, chat, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

@@ -1,5 +1,6 @@
 """`fusiontree train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,11 @@ def train(
     from fusiontree.train import train as run
 
     result = run(load_config(config, overrides or []), evaluate=evaluate_loss)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if result.interrupted:  # the engine has saved and said how to go on
-        raise typer.Exit(INTERRUPTED)
+        # torchrun would report any other code than 0 as a crash.
+        raise typer.Exit(INTERRUPTED if "RANK" not in os.environ else 0)
     typer.echo(f"step {result.step}, run folder {result.run_dir}")
     if result.validation_loss_before is not None and result.validation_loss_after is not None:
         typer.echo(f"validation loss {result.validation_loss_before:.4f} → {result.validation_loss_after:.4f}")

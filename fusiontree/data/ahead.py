@@ -1,14 +1,17 @@
-"""Batches prepared ahead by threads."""
+"""Work done ahead by threads: the batches that come next, and what goes on beside the caller's own work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 Request = TypeVar("Request", bound=Hashable)
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+AHEAD = 2
 
 
 class Ahead(Generic[Request, Result]):
@@ -34,5 +37,21 @@ def prepared_by(workers: int, make: Callable[[Request], Result]) -> Iterator[Cal
     with ThreadPoolExecutor(workers, thread_name_prefix="fusiontree-data") as pool:
         try:
             yield Ahead(make, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def alongside(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in order; a thread works while the caller makes the next and uses the last."""
+    with ThreadPoolExecutor(1, thread_name_prefix="fusiontree-data") as pool:
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) > AHEAD:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -23,7 +23,8 @@ PRESETS: dict[Preset, tuple[tuple[int, float], ...]] = {  # (length, share of th
 
 @dataclass(frozen=True)
 class Stage:
-    """From `first_step` (from 0) on, a step is `accumulation_steps` batches of `micro_batch_size` rows of `length`."""
+    """From `first_step` (from 0) on, a step is `accumulation_steps` batches of `micro_batch_size` rows of `length`, in
+    every process."""
 
     first_step: int
     length: int
@@ -35,12 +36,13 @@ class Stage:
 
 def plan_stages(
     curriculum: Preset | Sequence[Sequence[int]] | None, steps: int, sequence_length: int, micro_batch_size: int,
-    accumulation_steps: int,
+    accumulation_steps: int, processes: int = 1,
 ) -> list[Stage]:  # fmt: skip
     """Stages of a run of `steps`, each step of sequence_length × micro_batch_size × accumulation_steps tokens.
 
-    A micro-batch gets as many rows as hold no more tokens than one of the run's own, and at least one row. The last
-    length stays to the end. Raises ConfigError naming what does not divide.
+    The rows of a step are divided equally among the processes. A micro-batch gets as many rows as hold no more tokens
+    than one of the run's own, and at least one row. The last length stays to the end. Raises ConfigError naming what
+    does not divide.
     """
     lengths = _first_steps(curriculum, steps) if curriculum is not None else [(0, sequence_length)]
     longest, fitting = max(length for _, length in lengths), sequence_length * micro_batch_size
@@ -55,8 +57,14 @@ def plan_stages(
                 f"{micro_batch_size} × accumulation_steps {accumulation_steps} = {tokens} tokens is not a whole number "
                 f"of rows of {length}"
             )
-        micro = next(size for size in range(max(fitting // length, 1), 0, -1) if rows % size == 0)
-        stages.append(Stage(first, length, micro, rows // micro, length > fitting))
+        own, rest = divmod(rows, processes)
+        if rest:
+            raise ConfigError(
+                f"training: the {rows} rows of {length} tokens of a step (micro_batch_size {micro_batch_size} × "
+                f"accumulation_steps {accumulation_steps}) cannot be divided among {processes} processes"
+            )
+        micro = next(size for size in range(max(fitting // length, 1), 0, -1) if own % size == 0)
+        stages.append(Stage(first, length, micro, own // micro, length > fitting))
     return stages
 
 

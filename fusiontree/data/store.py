@@ -92,10 +92,10 @@ class StoreWriter:
                 self._handle.close()
         shutil.rmtree(self._draft, ignore_errors=True)
 
-    def append(self, document: Document, ids: list[int]) -> None:
+    def append(self, document: Document, ids: npt.NDArray[Any]) -> None:
         """Add one document with its tokens (eos included)."""
         text_hash = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-        self._append(np.asarray(ids), int.from_bytes(text_hash, "little"))
+        self._append(ids, int.from_bytes(text_hash, "little"))
         file = self._files.setdefault(document.path, len(self._files))
         self._origins.extend((file, document.line, document.offset, document.size))
 

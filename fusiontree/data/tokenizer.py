@@ -7,12 +7,17 @@ import json
 import logging
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fusiontree.data.ahead import alongside
 from fusiontree.data.config import SourceConfig, TokenizerConfig
 from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import Document
@@ -32,6 +37,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{{ 'Assistant:' if add_generation_prompt else '' }}"
 )
+TokenIds = npt.NDArray[np.uint32]
 logger = logging.getLogger(__name__)
 
 
@@ -154,10 +160,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 over everything that decides which ids a text gets, the same after saving and loading."""
-    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return _hash(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _hash(serialised: str, eos: int) -> str:
+    core = Tokenizer.from_str(serialised)
     core.no_padding()
     core.no_truncation()
-    return hashlib.sha256(f"{core.to_str()}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+    return hashlib.sha256(f"{core.to_str()}\0{eos}".encode()).hexdigest()
 
 
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -169,13 +180,17 @@ def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return core
 
 
-def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
+def tokenise(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, TokenIds]]:
     """Ids of each document, eos at the end. The name of a special token in the text is text, never the token."""
-    core = plain_encoder(tokenizer)
-    for batch in _batches(documents):
+    core, eos = plain_encoder(tokenizer), tokenizer.eos_token_id
+
+    def encode(batch: list[Document]) -> list[TokenIds]:
         encoded = core.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encoded, strict=True):
-            yield document, [*encoding.ids, tokenizer.eos_token_id]
+        return [np.array(array("I", [*encoding.ids, eos])) for encoding in encoded]
+
+    # The encoder's own threads would be idle while Python reads the next documents and writes the last.
+    for batch, ids in alongside(encode, _batches(documents)):
+        yield from zip(batch, ids, strict=True)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

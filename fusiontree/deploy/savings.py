@@ -15,9 +15,9 @@ class Saving(NamedTuple):
 
 
 def branch_prefixes(layer: int, branch: str) -> tuple[str, ...]:
-    """The state-dict prefixes that belong to one branch of one layer and to nothing else."""
+    """The state-dict prefixes that go with one branch of one layer: its own, and the glances, which need both."""
     here = f"model.layers.{layer}."
-    prefixes = f"{here}mixers.{branch}.", f"{here}alignment.inputs.{branch}."
+    prefixes = f"{here}mixers.{branch}.", f"{here}alignment.inputs.{branch}.", f"{here}cross."
     # A layer's own time encoding feeds Mamba only.
     return (*prefixes, f"{here}srte.") if branch == "mamba" else prefixes
 

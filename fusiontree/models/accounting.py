@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from fusiontree.models.config import HybridConfig, LayerSpec
 
-PARTS = ("embedding", "srte", "mamba", "attention", "alignment", "gate", "fusion_proj", "mlp", "norm", "lm_head")
+PARTS = (
+    "embedding", "srte", "mamba", "attention", "cross", "alignment", "gate", "fusion_proj", "mlp", "norm", "lm_head",
+)  # fmt: skip
 _SCAN_GROUP = 32  # chunk states combined by one matrix, see ops.ssd
 _PROGRESS_BYTES = 16  # two int64 per row of a cache: age and position
 
@@ -134,7 +136,9 @@ def projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
         counts["attention"] = 2 * hidden * (query + config.num_key_value_heads * config.head_dim)
     if spec.block == "hybrid":
         counts["alignment"] = hidden * 2 * hidden * len(spec.mixers) + hidden * hidden
-        counts["gate"] = 2 * hidden * config.gate_rank
+        counts["cross"] = 4 * hidden * config.cross_rank if len(spec.mixers) == 2 else 0
+        if config.gate_granularity != "layer":
+            counts["gate"] = (hidden + config.gates_per_token) * config.gate_rank
         counts["fusion_proj"] = hidden * hidden
     counts["mlp"] = {"mlp": 2, "swiglu": 3, "none": 0}[config.mlp_type] * hidden * config.intermediate_size
     return counts
@@ -145,6 +149,7 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
     norms = 1
     if spec.block == "hybrid":
         norms += config.norm_placement != "pre"
+        counts["gate"] += config.gate_granularity == "layer"
     else:
         norms += config.mlp_type != "none"
     counts["norm"] = norms * config.hidden_size

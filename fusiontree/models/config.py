@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "srte": ("sincos", "learned", "low_rank", "none"),
     "mlp_type": ("mlp", "swiglu", "none"),
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "silu", "relu"),
+    "gate_granularity": ("channel", "head", "token", "layer"),
     "checkpointing": ("branches", "block"),
 }
 _WHOLE = (
@@ -50,6 +51,8 @@ class HybridConfig(PreTrainedConfig):
     Attention: `num_attention_heads` heads of which the first `global_heads` see everything and the rest the last
     `sliding_window` keys; RoPE of base `rope_theta`, stretched by `rope_factor` as `rope_scaling` says. Mamba: inner
     width `mamba_expand * hidden_size`, in heads of `mamba_head_dim`. SRTE: the time encoding added to the Mamba branch.
+    Variants: `window_growth` G widens the window with depth, doubling in steps from `sliding_window` to G times that;
+    `cross_rank` gives each branch a glance of that rank at the other; `gate_granularity`: how many gates a token has.
     `layers`: one dict per layer with any of block, mixers, sliding_window, global_heads; left out, every layer is a
     FusionTree block.
     """
@@ -64,6 +67,7 @@ class HybridConfig(PreTrainedConfig):
     num_key_value_heads: int = None  # type: ignore[assignment]  # left out: num_attention_heads
     head_dim: int = None  # type: ignore[assignment]  # left out: hidden_size / num_attention_heads
     sliding_window: int | None = 256
+    window_growth: int = 1
     global_heads: int = 1
     rope_theta: float = 10000.0
     rope_scaling: str = "none"
@@ -82,6 +86,8 @@ class HybridConfig(PreTrainedConfig):
     srte_rank: int = 128
     srte_shared: bool = True
     gate_rank: int = 64
+    gate_granularity: str = "channel"
+    cross_rank: int = 0  # 0: the branches do not see each other before the gate
 
     norm_placement: str = "post"
     norm_eps: float = 1e-6
@@ -127,11 +133,19 @@ class HybridConfig(PreTrainedConfig):
         return round(self.mamba_expand * self.hidden_size)
 
     @property
+    def gates_per_token(self) -> int:
+        """Different gates that a layer has for one token; each serves as many neighbouring channels."""
+        counts = {"channel": self.hidden_size, "head": self.num_attention_heads}
+        return counts.get(self.gate_granularity, 1)
+
+    @property
     def mamba_num_heads(self) -> int:
         return self.mamba_inner_size // self.mamba_head_dim
 
     def _check_mixers(self) -> None:
         mixers = {name for spec in self.layer_specs for name in spec.mixers}
+        if self.gate_granularity == "head":
+            _require_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         if "attention" in mixers:
             kv_heads, heads = self.num_key_value_heads, self.num_attention_heads
             _require_divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
@@ -165,6 +179,9 @@ def _check_values(config: HybridConfig) -> None:
     for name in _SWITCHES:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name}={getattr(config, name)!r}: must be true or false")
+    if not _is_whole(config.cross_rank) or config.cross_rank < 0:
+        raise ConfigError(f"cross_rank={config.cross_rank!r}: must be a whole number ≥ 0, 0 for no glance")
+    _check_growth(config)
     drop, spread, limits = config.drop_branch_prob, config.initializer_range, config.mamba_dt_limit
     if not _is_number(drop) or not 0.0 <= drop < 1.0:
         raise ConfigError(f"drop_branch_prob={drop!r}: must be at least 0 and below 1")
@@ -172,6 +189,14 @@ def _check_values(config: HybridConfig) -> None:
         raise ConfigError(f"initializer_range={spread!r}: must be a number ≥ 0")
     if not isinstance(limits, (list, tuple)) or len(limits) != 2 or not _is_range(*limits):
         raise ConfigError(f"mamba_dt_limit={limits!r}: must be two numbers, 0 ≤ smallest ≤ largest")
+
+
+def _check_growth(config: HybridConfig) -> None:
+    growth = config.window_growth
+    if not _is_whole(growth) or growth < 1 or growth & (growth - 1):
+        raise ConfigError(f"window_growth={growth!r}: must be a power of two: 1, 2, 4, …")
+    if growth > 1 and (config.sliding_window is None or config.num_hidden_layers < 2):
+        raise ConfigError(f"window_growth={growth}: needs a sliding_window and at least two layers")
 
 
 def _is_whole(value: Any) -> bool:
@@ -188,12 +213,6 @@ def _is_range(low: Any, high: Any) -> bool:
 
 def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
     """The per-layer list with model-wide settings filled in where an entry is silent."""
-    default = {
-        "block": "hybrid",
-        "mixers": list(MIXERS),
-        "sliding_window": config.sliding_window,
-        "global_heads": config.global_heads,
-    }
     entries = config.layers if config.layers is not None else [{} for _ in range(config.num_hidden_layers)]
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"layers={entries!r}: must be a list with one mapping per layer")
@@ -201,11 +220,31 @@ def _fill_layers(config: HybridConfig) -> list[dict[str, Any]]:
         raise ConfigError(f"layers: {len(entries)} entries, but num_hidden_layers={config.num_hidden_layers}")
     filled = []
     for i, entry in enumerate(entries):
+        default = _default_layer(config, i)
         unknown = set(entry) - set(default)
         if unknown:
             raise ConfigError(f"layers[{i}]: unknown key {sorted(unknown)[0]!r}; allowed: {', '.join(default)}")
         filled.append(_check_layer({**default, **entry}, i, config.num_attention_heads))
     return filled
+
+
+def _default_layer(config: HybridConfig, i: int) -> dict[str, Any]:
+    return {
+        "block": "hybrid",
+        "mixers": list(MIXERS),
+        "sliding_window": _window_at(config, i),
+        "global_heads": config.global_heads,
+    }
+
+
+def _window_at(config: HybridConfig, i: int) -> int | None:
+    """The pyramid: the window doubles log2(growth) times over the depth, at even distances."""
+    window = config.sliding_window
+    if window is None or config.window_growth == 1 or not _is_whole(window):  # a wrong type is refused with its layer
+        return window
+    doublings = config.window_growth.bit_length() - 1
+    last = config.num_hidden_layers - 1
+    return window << (2 * doublings * i + last) // (2 * last)  # doublings · i / last, rounded
 
 
 def _check_layer(layer: dict[str, Any], i: int, heads: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
-from fusiontree.models.fusion import Alignment, GateLowRank, fuse
+from fusiontree.models.fusion import Alignment, CrossFusion, build_gate, fuse
 from fusiontree.models.linear import Linear
 from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
@@ -45,7 +45,8 @@ def build_mixers(config: HybridConfig, spec: LayerSpec) -> nn.ModuleDict:
 class HybridBlock(nn.Module):
     """Both branches read norm(x) side by side (Mamba with the time encoding added), are aligned and fused by the gate:
 
-    y = x + fusion_proj(g·h_mamba + (1-g)·h_attn) + mlp(a). Placement `post` norms y, `sandwich` norms what is added,
+    y = x + fusion_proj(g·h_mamba + (1-g)·h_attn) + mlp(a). With `cross_rank` the branches first glance at each other.
+    Placement `post` norms y, `sandwich` norms what is added,
     `pre` neither. A pruned block has one mixer; its other branch counts as zero.
     """
 
@@ -56,8 +57,10 @@ class HybridBlock(nn.Module):
         self.norm = RMSNorm(hidden, eps)
         self.mixers = build_mixers(config, spec)
         self.srte = None if config.srte_shared or config.srte == "none" or "mamba" not in spec.mixers else SRTE(config)
+        glances = config.cross_rank > 0 and len(spec.mixers) == 2
+        self.cross = CrossFusion(config) if glances else None
         self.alignment = Alignment(config, spec.mixers)
-        self.gate = GateLowRank(config)
+        self.gate = build_gate(config)
         self.fusion_proj = Linear(hidden, hidden)
         self.mlp = build_mlp(config)
         self.out_norm = RMSNorm(hidden, eps) if self.placement != "pre" else None
@@ -78,9 +81,11 @@ class HybridBlock(nn.Module):
             branches = checkpoint(self._branches, z, positions, segments, cache, removed, use_reentrant=False)
         else:
             branches = self._branches(z, positions, segments, cache, removed)
-        a = self.alignment(branches)
+        # A branch that is out neither gives nor gets a glance: as in a layer that was built without it.
+        seen = branches if self.cross is None or removed is not None else self.cross(branches)
+        a = self.alignment(seen)
         gate = self.gate(a)
-        update = self.fusion_proj(fuse(gate, branches))
+        update = self.fusion_proj(fuse(gate, seen))
         if self.mlp is not None:
             update = update + self.mlp(a)
         y = self._join(x, update)

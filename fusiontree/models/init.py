@@ -6,6 +6,9 @@ projections into the residual    N(0, initializer_range / sqrt(2 · layers)): fu
                                  block (its mixers end in the alignment instead), the mixer's and MLP's last elsewhere
 gate U                           N(0, 1 / sqrt(H)): with a small U both its factors would learn slowly
 gate D                           N(0, initializer_range): the gate starts near 0.5
+gate logit (one per layer)       0: the gate starts at 0.5
+cross-fusion down                N(0, 1 / sqrt(H)), as gate U
+cross-fusion up                  0: a layer starts as it would be without
 norm weights                     1
 conv weight, bias                U(-1/sqrt(K), 1/sqrt(K))           (PyTorch's default for a depthwise convolution)
 A_log                            log U(1, 16)                        (Mamba-2)
@@ -23,7 +26,7 @@ from torch import nn
 from transformers import initialization as init
 
 from fusiontree.models.config import HybridConfig
-from fusiontree.models.fusion import GateLowRank
+from fusiontree.models.fusion import GateLowRank, GateOfLayer, LowRank
 from fusiontree.models.hybrid_block import HybridBlock, SequentialBlock
 from fusiontree.models.mamba_block import MambaBlock
 from fusiontree.models.norms import GatedRMSNorm, RMSNorm
@@ -47,6 +50,11 @@ def init_module(module: nn.Module, config: HybridConfig) -> None:
         init.constant_(module.scale, 0.1)
     if isinstance(module, GateLowRank):
         init.normal_(module.U.weight, mean=0.0, std=1 / math.sqrt(config.hidden_size))
+    if isinstance(module, GateOfLayer):
+        init.zeros_(module.logit)
+    if isinstance(module, LowRank):
+        init.normal_(module.down.weight, mean=0.0, std=1 / math.sqrt(config.hidden_size))
+        init.zeros_(module.up.weight)
     if isinstance(module, MambaBlock):
         _init_mamba(module)
     inner = dict(module.named_modules())

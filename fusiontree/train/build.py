@@ -6,13 +6,14 @@ import importlib.util
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from fusiontree.data import check_vocabulary
+from fusiontree.data import check_vocabulary, load_tokenizer, tokenizer_hash
 from fusiontree.errors import ConfigError, FusionTreeError
 from fusiontree.models import HybridConfig, HybridLanguageModel
 from fusiontree.train.callbacks import Callback, Console, MetricsFile, TensorBoard, WandB
@@ -20,6 +21,7 @@ from fusiontree.train.checkpoint import RunLock
 from fusiontree.train.config import RunConfig
 from fusiontree.train.gate_monitor import GateMonitor
 from fusiontree.train.jsonl import JsonLines
+from fusiontree.train.ranks import Ranks
 
 
 def choose_device(name: str) -> torch.device:
@@ -32,18 +34,24 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def run_folder(run_dir: Path) -> Iterator[None]:
-    """Make the run folder and keep other processes out of it.
+def run_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run folder and keep other runs out of it.
 
     Raises ConfigError before any work when it cannot be written. When the input turns out to be unusable before the run
     begins (which writes config.yaml), a folder that was new is removed again.
     """
-    new = _prepare(run_dir)
-    with RunLock(run_dir):
+    with ExitStack() as held:
+
+        def take() -> bool:
+            new = _prepare(run_dir)
+            held.enter_context(RunLock(run_dir))
+            return new
+
+        new = ranks.on_first(take)
         try:
             yield
         except FusionTreeError:
-            if new and not (run_dir / "config.yaml").exists():
+            if new and ranks.first and not (run_dir / "config.yaml").exists():
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
 
@@ -102,12 +110,20 @@ def set_checkpointing(model: HybridLanguageModel, mode: str) -> None:
         model.config.checkpointing = mode
 
 
-def build_callbacks(config: RunConfig, run_dir: Path, tokenizer: Any, console: Console) -> list[Callback]:
-    """The callbacks the settings ask for, the console last so that its bar is below what others say."""
-    callbacks: list[Callback] = [MetricsFile(JsonLines(run_dir / "metrics.jsonl"))]
+def build_callbacks(
+    config: RunConfig, run_dir: Path, tokenizer: Any, console: Console, first: bool = True
+) -> list[Callback]:
+    """The callbacks the settings ask for, the console last so that its bar is below what others say.
+
+    Of several processes only the `first` writes; the others keep what decides how the model is asked.
+    """
+    callbacks: list[Callback] = []
     if config.gate_monitor.enabled:
-        file = JsonLines(run_dir / "gates.jsonl")
+        file = JsonLines(run_dir / "gates.jsonl", writes=first)
         callbacks.append(GateMonitor(config.gate_monitor, config.training.steps, file, tokenizer))
+    if not first:
+        return callbacks
+    callbacks.insert(0, MetricsFile(JsonLines(run_dir / "metrics.jsonl")))
     if config.logging.tensorboard:
         _require("tensorboard", "logging.tensorboard")
         callbacks.append(TensorBoard(run_dir / "tensorboard"))
@@ -115,6 +131,26 @@ def build_callbacks(config: RunConfig, run_dir: Path, tokenizer: Any, console: C
         _require("wandb", "logging.wandb")
         callbacks.append(WandB(config.logging.wandb_project, run_dir.name, config.model_dump(mode="json")))
     return [*callbacks, console]
+
+
+def load_teacher(path: str, tokenizer: Any) -> HybridLanguageModel:
+    """The model to learn from; raises ConfigError when the folder holds none, or one with another tokenizer."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"training.teacher: {path} is not a model folder: config.json is missing")
+    try:
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        own = tokenizer_hash(load_tokenizer(folder))
+    except (OSError, ValueError, FusionTreeError) as error:
+        raise ConfigError(f"training.teacher: {path}: {error}") from error
+    if kind != HybridConfig.model_type:
+        raise ConfigError(f"training.teacher: {path} is a {kind} model; allowed: {HybridConfig.model_type}")
+    if own != tokenizer_hash(tokenizer):
+        raise ConfigError(
+            f"training.teacher: {path} has another tokenizer than the run; their tokens cannot be compared"
+        )
+    teacher: HybridLanguageModel = HybridLanguageModel.from_pretrained(folder, local_files_only=True)
+    return teacher
 
 
 def _require(package: str, setting: str) -> None:

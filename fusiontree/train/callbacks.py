@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import sys
 import time
@@ -80,6 +82,37 @@ class MetricsFile(Callback):
     def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
         """Append the line."""
         self.file.write(metrics)
+
+
+class StateFile(Callback):
+    """state.json, for `fusiontree runs`: running, finished, interrupted or failed (and why), at which step."""
+
+    name = "state_file"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outside: BaseException | None = None  # an error that the caller was already handling
+
+    def on_start(self, run: Snapshot) -> None:
+        """Running; when the process is killed this stays, and the run's lock is free."""
+        self.outside = sys.exc_info()[1]
+        self._write({"state": "running"}, run)
+
+    def on_finish(self, run: Snapshot) -> None:
+        """How it ended: the engine tells while the error that ends the run is on its way."""
+        error = sys.exc_info()[1]
+        try:
+            if error is None or error is self.outside:
+                self._write({"state": "finished" if run.step >= run.steps else "interrupted"}, run)
+            else:
+                self._write({"state": "failed", "error": str(error) or type(error).__name__}, run)
+        except OSError as problem:  # a full disk, which is the very error to be told: it must not be replaced by this
+            run.say(f"warning: {self.path}: cannot be written: {problem.strerror}")
+
+    def _write(self, content: Mapping[str, Any], run: Snapshot) -> None:
+        fresh = self.path.with_name(self.path.name + ".tmp")
+        fresh.write_text(json.dumps({**content, "step": run.step, "steps": run.steps}) + "\n", encoding="utf-8")
+        os.replace(fresh, self.path)
 
 
 class Console(Callback):

@@ -54,9 +54,10 @@ class TrainingSection(Section):
     sequence_length: int = Field(ge=2)
     """Tokens per row."""
     micro_batch_size: int = Field(ge=1)
-    """Rows per forward pass."""
+    """Rows per forward pass of one process, at most."""
     accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes per optimizer step; the loss is averaged by real tokens over all of them."""
+    """micro_batch_size × accumulation_steps rows make an optimizer step. Several processes divide them among
+    themselves, so the run is the same on any number; the loss is averaged by real tokens over all of them."""
     curriculum: Preset | Annotated[list[LengthAndSteps], Field(min_length=1)] | None = None
     """Lengths of rows over the run: standard, aggressive or conservative (4K to 64K), or a list of [length, steps], the
     last length staying to the end. A step keeps its tokens; rows that are longer than a micro-batch has tokens are
@@ -85,10 +86,12 @@ class TrainingSection(Section):
     """Muon only."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast over fp32 weights."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """bf16, fp16: autocast over fp32 weights; fp16 with a loss scale that follows the gradients."""
     compile: bool = False
     """torch.compile the model."""
+    teacher: str | None = None
+    """Folder of a FusionTree model with the same tokenizer, to learn from as `loss.distill_weight` says."""
     activation_checkpointing: Literal["none", "branches", "block"] = "none"
     """What is computed again in the backward pass to save memory."""
     save_every: int | None = Field(default=500, ge=1)
@@ -108,12 +111,14 @@ class TrainingSection(Section):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
         self.stages()
+        if self.teacher is not None and self.loss.distill_weight == 0:
+            raise ValueError("teacher: needs loss.distill_weight above 0")
         return self
 
-    def stages(self) -> list[Stage]:
-        """The lengths of the run and how a step is cut at each; one stage where there is no curriculum."""
+    def stages(self, processes: int = 1) -> list[Stage]:
+        """The lengths of the run and how each process cuts a step at each; one stage where there is no curriculum."""
         sizes = (self.sequence_length, self.micro_batch_size, self.accumulation_steps)
-        return plan_stages(self.curriculum, self.steps, *sizes)
+        return plan_stages(self.curriculum, self.steps, *sizes, processes)
 
     @property
     def longest(self) -> int:
@@ -174,6 +179,16 @@ class SystemSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; null: torch's own choice."""
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How processes share the work. single: there is one. ddp: each has the whole model. fsdp: weights, gradients and
+    optimizer state are divided. deepspeed: as `deepspeed` says. auto: ddp when torchrun started several, else single.
+    """
+    deepspeed: str | None = None
+    """JSON file with DeepSpeed's `zero_optimization` and what else the run's own settings do not say."""
+    offload: bool = False
+    """fsdp: weights and optimizer state rest in the host's memory (DeepSpeed's file has its own settings for that)."""
+    timeout: float = Field(default=600, gt=0)
+    """Seconds after which a process that waits for another gives up."""
 
 
 class RunConfig(Section):
@@ -193,9 +208,17 @@ class RunConfig(Section):
         if limit is not None and longest > limit:
             name = "curriculum: its length" if longest > self.training.sequence_length else "sequence_length"
             raise ValueError(f"training.{name} {longest} is more than model.max_position_embeddings {limit}")
+        _check_engine(self.system)
         if self.training.curriculum is not None and not self.data.packing:
             raise ValueError("training.curriculum: needs data.packing, where every row has the same number of tokens")
         return self
+
+
+def _check_engine(system: SystemSection) -> None:
+    if (system.engine == "deepspeed") != (system.deepspeed is not None):
+        raise ValueError("system.deepspeed: names the JSON file of system.engine=deepspeed, and of that engine only")
+    if system.offload and system.engine != "fsdp":
+        raise ValueError(f"system.offload: needs system.engine=fsdp, not {system.engine}")
 
 
 # HybridConfig's arguments and their types; what is computed again is said by training.activation_checkpointing alone.

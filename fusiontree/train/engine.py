@@ -22,6 +22,7 @@ from fusiontree.train.build import (
     build_callbacks,
     build_model,
     choose_device,
+    load_teacher,
     prepare_model,
     run_folder,
     set_checkpointing,
@@ -30,10 +31,13 @@ from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
 from fusiontree.train.checkpoint import step_folder
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
-from fusiontree.train.losses import HybridModelLoss, phase_at, target_mask
-from fusiontree.train.optim import build_optimizers, learning_rate
+from fusiontree.train.loss_scale import LossScale
+from fusiontree.train.losses import HybridModelLoss, Share, phase_at, real_tokens, target_mask
+from fusiontree.train.model_files import StateStream, load_optimizer, load_weights
+from fusiontree.train.optim import learning_rate
+from fusiontree.train.ranks import is_lost, leave
 from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_settings
-from fusiontree.train.strategy import SingleProcess, Strategy
+from fusiontree.train.strategies import SingleProcess, build_strategy
 from fusiontree.train.validation import Batch, Evaluate, Probe, Validation, model_inputs, to_device
 from fusiontree.train.yaml_files import write_yaml
 
@@ -57,61 +61,83 @@ def train(
     first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the loss is not finite.
     """
     run_dir = Path(config.system.run_dir)
+    strategy = build_strategy(config, choose_device(config.system.device))
     try:
-        with run_folder(run_dir):
-            trainer = Trainer(config, run_dir, model, teacher, callbacks)
+        with run_folder(run_dir, strategy.ranks):
+            trainer = Trainer(config, run_dir, strategy, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
     except OSError as error:
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
         raise
+    finally:
+        leave()
 
 
 class Trainer:
     """The parts of one run and the loop over them."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, model: Any | None, teacher: Any | None, callbacks: Sequence[Callback]
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        strategy: SingleProcess,
+        model: Any | None,
+        teacher: Any | None,
+        callbacks: Sequence[Callback],
     ) -> None:
-        settings = config.training
-        if (teacher is not None) != (settings.loss.distill_weight > 0):
-            raise ConfigError("training.loss.distill_weight: must be above 0 exactly when a teacher is handed in")
+        settings, ranks = config.training, strategy.ranks
         if config.system.threads is not None:
             torch.set_num_threads(config.system.threads)
         self.config, self.settings, self.run_dir = config, settings, run_dir
-        self.console = Console(config.logging.console)
-        self.strategy: Strategy = SingleProcess(choose_device(config.system.device))
+        self.strategy, self.ranks = strategy, ranks
+        self.console = Console(config.logging.console if ranks.first else "off")
         self.tokenizer = resolve_tokenizer(config.data.tokenizer, config.data.train, run_dir / "tokenizer")
-        self.stages = settings.stages()
+        self.stages = settings.stages(ranks.world_size)
         self.stage = stage_at(self.stages, 0)
         self.loader = self._loader("train")
+        if teacher is None and settings.teacher is not None:
+            teacher = load_teacher(settings.teacher, self.tokenizer)
+        if (teacher is not None) != (settings.loss.distill_weight > 0):
+            raise ConfigError("training.loss.distill_weight: must be above 0 exactly when there is a teacher")
+        self.loss = HybridModelLoss(settings.loss, distill=teacher is not None)
         self.model = model if model is not None else build_model(config, self.tokenizer)
         prepare_model(self.model, config, self.tokenizer)
+        self.callbacks = [*callbacks, *build_callbacks(config, run_dir, self.tokenizer, self.console, ranks.first)]
+        binding = binding_settings(config, self.model.config, self.tokenizer)
+        self.store = RunStore(run_dir, settings.save_total_limit, binding, ranks)
+        self.resumed = self.store.find(self.console.say)
+        load_weights(self.model, self.resumed, ranks)
         set_checkpointing(self.model, self._checkpointing())
         self.model.train()
-        wrapped = self.strategy.wrap(self.model)
-        self.forward = torch.compile(wrapped) if settings.compile else wrapped
-        self.teacher = None if teacher is None else self.strategy.wrap(teacher).eval().requires_grad_(False)
-        self.loss = HybridModelLoss(settings.loss, distill=teacher is not None)
-        self.optimizers = build_optimizers(self.model, settings)
-        self.callbacks = [*callbacks, *build_callbacks(config, run_dir, self.tokenizer, self.console)]
-        binding = binding_settings(config, self.model.config, self.tokenizer)
-        self.store = RunStore(run_dir, settings.save_total_limit, binding, self.strategy.world_size)
+        strategy.adopt(self.model, settings)
+        self.forward = torch.compile(strategy.forward) if settings.compile else strategy.forward
+        self.teacher = None if teacher is None else strategy.host(teacher)
         self.validation: Validation | None = None
         self.progress = Progress()
+        self.scale = LossScale(settings)
         self.clock = (time.monotonic(), 0)  # when and at how many tokens the next line's speed begins
-        quiet = config.logging.console == "off"
+        quiet = config.logging.console == "off" or not ranks.first
         self.stop = StopSignals("" if quiet else "stopping: the step is finished and saved first")
 
     def hold_out(self, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None) -> None:
         """Take the validation batches; none when the settings hold nothing out."""
         if self.config.data.validation or self.config.data.validation_fraction > 0:
             batches = cast(Iterator[Batch], iter(self._loader("validation")))
-            self.validation = Validation(batches, self.settings.validation_batches, evaluate, probes)
+            self.validation = Validation(batches, self.settings.validation_batches, evaluate, probes, self.ranks)
 
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if self.ranks.world_size == 1 or not is_lost(error):
+                raise
+            advice = f"last good checkpoint: {self._last_good()}; start all again to go on from it"
+            raise self.ranks.lost(self.progress.step + 1, error, advice) from error
+
+    def _run(self) -> RunResult:
         self._resume_or_start()
         steps, progress = self.settings.steps, self.progress
         try:
@@ -120,7 +146,7 @@ class Trainer:
                 if progress.step == 0 and progress.validation_loss_before is None:
                     self._validate()
                 batches = cast(Iterator[Batch], iter(self.loader))
-                while progress.step < steps and not self.stop.requested:
+                while progress.step < steps and not self._asked_to_stop():
                     self._enter_stage()
                     self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
                     last = progress.step == steps
@@ -133,6 +159,10 @@ class Trainer:
         finally:
             self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process got a signal; all stop after the same step."""
+        return bool(self.ranks.sum(torch.tensor(int(self.stop.requested))))
 
     def _enter_stage(self) -> None:
         """Change to the row length that the curriculum has for the next step, with as many tokens per step."""
@@ -152,42 +182,49 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> None:
         """One optimizer step over some micro-batches; every real token weighs the same, whichever batch it is in."""
         started, progress, step = time.monotonic(), self.progress, self.progress.step + 1
-        counts = [int(target_mask(batch).sum()) for batch in batches]
-        total = int(self.strategy.gather(torch.tensor(sum(counts))))
+        shares, targets = self._shares(batches)
+        lr = learning_rate(progress.step, self.settings)
+        self.strategy.optimizers.set_lr(lr)
         try:
-            weighted = zip(batches, (count / max(total, 1) for count in counts), strict=True)
-            parts = [self._micro_step(step, i, batch, weight) for i, (batch, weight) in enumerate(weighted)]
-            norm = self.strategy.clip(self.model, self.settings.max_grad_norm)
+            parts = [self._micro_step(step, i, batch, shares) for i, batch in enumerate(batches)]
+            norm, updated = self.strategy.update(self.settings.max_grad_norm, self.scale.value)
         except (torch.OutOfMemoryError, MemoryError) as error:
             advice = self._advice("a smaller training.micro_batch_size")
             raise TrainingError(f"step {step}: out of memory; {advice}") from error
-        terms = {name: self.strategy.gather(torch.stack([part[name] for part in parts]).sum()) for name in parts[0]}
-        lr = learning_rate(progress.step, self.settings)
-        # The one wait for the device in a step: an update from a bad gradient could not be taken back.
-        if bool(torch.isfinite(norm) & torch.isfinite(terms["loss"])):
-            self.optimizers.set_lr(lr)
-            self.strategy.step(self.optimizers)
+        sums = self.ranks.sum(torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]]))
+        terms = dict(zip(parts[0], sums, strict=True))
+        if updated:
+            self.scale.succeeded()
             progress.skipped_in_a_row = 0
-        else:
+        elif not (torch.isfinite(terms["loss"]) and self.scale.shrink()):
             self._skip(step, terms, norm)
-        progress.step, progress.tokens = step, progress.tokens + total
+        progress.step, progress.tokens = step, progress.tokens + targets
         progress.elapsed += time.monotonic() - started
         self._report(terms, lr, norm)
 
-    def _micro_step(self, step: int, index: int, batch: Batch, weight: float) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; gives the loss terms times `weight`, its share of the tokens."""
+    def _shares(self, batches: list[Batch]) -> tuple[list[Share], int]:
+        """What part of the step each micro-batch is, and the step's targets, over all processes."""
+        counts = [(int(target_mask(batch).sum()), real_tokens(batch)) for batch in batches]
+        targets, tokens = self.ranks.sum(torch.tensor(counts).sum(0)).tolist()
+        return [Share(own / max(targets, 1), real / max(tokens, 1)) for own, real in counts], targets
+
+    def _micro_step(self, step: int, index: int, batch: Batch, shares: list[Share]) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; gives its shares of the step's loss terms."""
         phase = phase_at(step - 1, self.settings.steps, self.settings.loss)
         watchers = [callback for callback in self.callbacks if callback.wants_gates(step)]
         gates = bool(watchers) or self._logs(step) or self.loss.needs_gates(phase)
         batch = to_device(batch, self.strategy.device)
-        self.model.branch_dropout_seed = _mixed(self.config.system.seed, step, index)
-        with self._autocast():
-            out = self.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
-            terms = self.loss(out, batch, phase, self._teacher_logits(batch))
-        self.strategy.backward(terms["loss"] * weight)
+        # The same branches in every micro-batch and process, so that the step does not depend on how it is divided.
+        self.model.branch_dropout_seed = _mixed(self.config.system.seed, step)
+        with self.strategy.accumulating(last=index == len(shares) - 1):
+            with self._autocast():
+                out = self.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
+                terms = self.loss(out, batch, phase, self._teacher_logits(batch), shares[index])
+            # Times 1, or, where the loss is not finite, NaN: then the gradients' norm tells in every process.
+            self.strategy.backward(terms["loss"] * (terms["loss"].detach() * 0 + 1), self.scale.value)
         for callback in watchers:
             callback.on_forward(step, batch, out)
-        return {name: term.detach() * weight for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
     def _teacher_logits(self, batch: Batch) -> Tensor | None:
         if self.teacher is None:
@@ -198,8 +235,7 @@ class Trainer:
         return logits
 
     def _skip(self, step: int, terms: Mapping[str, Tensor], norm: Tensor) -> None:
-        """Leave a bad step out of the weights; stop when there are too many in a row."""
-        self.optimizers.zero_grad()
+        """Say that a bad step was left out of the weights; stop when there are too many in a row."""
         self.progress.skipped_in_a_row += 1
         figures = ", ".join(f"{name} {float(value):.4g}" for name, value in {**terms, "grad_norm": norm}.items())
         what = f"step {step}: loss or gradient is not finite ({figures}); the weights were not updated"
@@ -209,9 +245,11 @@ class Trainer:
 
     def _advice(self, change: str) -> str:
         """How to go on after a failed step."""
+        return f"last good checkpoint: {self._last_good()}; try {change}"
+
+    def _last_good(self) -> str:
         newest = self.store.newest_step
-        good = "none yet" if newest is None else str(step_folder(self.store.root, newest))
-        return f"last good checkpoint: {good}; try {change}"
+        return "none yet" if newest is None else str(step_folder(self.store.root, newest))
 
     def _report(self, terms: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
@@ -245,7 +283,7 @@ class Trainer:
             return
         progress = self.progress
         with self._autocast():
-            figures = self.validation.measure(self.model, self.strategy.device)
+            figures = self.validation.measure(self.model)
         loss = figures["validation_loss"]
         progress.validation_loss_after = loss
         if progress.validation_loss_before is None:
@@ -257,36 +295,40 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this moment."""
+        stream = StateStream(self.strategy)
 
         def fill(folder: Path) -> None:
-            self.strategy.save(folder, self.model, self.optimizers)
+            stream.write(folder)
             shutil.copytree(self.run_dir / "tokenizer", folder, dirs_exist_ok=True)
 
-        self.store.save(self.progress, fill, self.loader.state_dict(), self.callbacks)
+        self.progress.loss_scale = self.scale.state_dict()
+        self.store.save(self.progress, fill, stream.drain, self.loader.state_dict(), self.callbacks)
         self.clock = (time.monotonic(), self.progress.tokens)
 
     def _resume_or_start(self) -> None:
         """Take up the newest good checkpoint of the run folder, or begin at step 0."""
-        folder = self.store.find(self.console.say)
+        folder = self.resumed
         if folder is not None:
-            self.strategy.load(folder, self.model, self.optimizers)
+            load_optimizer(self.strategy, folder)
             self.progress, loader_state = self.store.restore(folder, self.callbacks)
+            self.scale.load_state_dict(self.progress.loss_scale)
             self._enter_stage()
             self.loader.load_state_dict(loader_state)
             done = self.progress.step >= self.settings.steps
             how = "finished already; a larger training.steps goes on from" if done else "going on from"
             self.console.say(f"{how} step {self.progress.step} of {self.settings.steps} ({folder})")
-        self.store.trim_logs(self.progress.step if folder is not None else -1)
         self._introduce()
-        text = write_yaml(self.config.model_dump(mode="json"))
-        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        if self.ranks.first:
+            self.store.trim_logs(self.progress.step if folder is not None else -1)
+            text = write_yaml(self.config.model_dump(mode="json"))
+            (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
         self.clock = (time.monotonic(), self.progress.tokens)
 
     def _introduce(self) -> None:
         """Say what is trained on what, and which records were left out."""
         bad, say = self.loader.bad_records, self.console.say
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        say(f"model: {parameters / 1e6:.2f} M parameters on {self.strategy.device}")
+        many = f", {self.ranks.world_size} processes" if self.ranks.world_size > 1 else ""
+        say(f"model: {self.strategy.parameters / 1e6:.2f} M parameters on {self.strategy.device}{many}")
         tokens = self.loader.tokens_per_epoch
         say(f"data: {bad.summary()}, {f'{tokens / 1e6:.2f} M tokens per epoch' if tokens else 'read as a stream'}")
         for example in bad.examples[:5]:
@@ -311,13 +353,14 @@ class Trainer:
             interrupted=progress.step < self.settings.steps,
         )
         summary = {**asdict(result), "tokens": progress.tokens, "elapsed": progress.elapsed}
-        summary.update(run_dir=self.run_dir.name, parameters=sum(p.numel() for p in self.model.parameters()))
+        summary.update(run_dir=self.run_dir.name, parameters=self.strategy.parameters)
         summary["bad_records"] = self.loader.bad_records.to_json()
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if self.ranks.first:
+            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return result
 
     def _loader(self, split: Literal["train", "validation"]) -> Loader:
-        settings, stage, strategy = self.settings, self.stage, self.strategy
+        settings, stage = self.settings, self.stage
         learns = split == "train"
         return build_loader(
             self.config.data,
@@ -326,13 +369,14 @@ class Trainer:
             sequence_length=stage.length if learns else settings.sequence_length,
             batch_size=stage.micro_batch_size if learns else settings.micro_batch_size,
             seed=self.config.system.seed,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
+            rank=self.ranks.rank if learns else 0,  # validation is divided by whole batches
+            world_size=self.ranks.world_size if learns else 1,
             longest=max(stage.length for stage in self.stages) if learns else None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+        return torch.autocast(self.strategy.device.type, dtype, enabled=dtype is not None)
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.progress.step, self.settings.steps, self.console.say)

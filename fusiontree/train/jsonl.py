@@ -11,15 +11,16 @@ from typing import Any
 
 
 class JsonLines:
-    """Appends one JSON object per line, each with a `step`."""
+    """Appends one JSON object per line, each with a `step`; `writes`: not in all of several processes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line; figures that are not finite become null, which every JSON reader takes."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
     def trim(self, step: int) -> None:
         """Drop lines after `step` and a last line cut short: the resumed run writes them again."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,21 @@ def target_mask(batch: Mapping[str, Any]) -> Tensor:
     mask: Tensor = batch["labels"][:, 1:] != -100
     positions = batch.get("position_ids")
     return mask if positions is None else mask & (positions[:, 1:] != 0)
+
+
+def real_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of a step a micro-batch is: of its targets, which the loss is averaged over, and of its tokens, which
+    the gates are. The terms of all micro-batches, each times its share, add up to the step's."""
+
+    targets: float = 1.0
+    tokens: float = 1.0
 
 
 def phase_at(step: int, steps: int, settings: LossSection) -> Phase:
@@ -48,26 +64,27 @@ class HybridModelLoss:
         return any(self.weights(phase))
 
     def __call__(
-        self, out: Any, batch: Mapping[str, Any], phase: Phase, teacher_logits: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, out: Any, batch: Mapping[str, Any], phase: Phase, teacher_logits: Tensor | None = None,
+        share: Share = Share(),
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Scalars: `loss` with gradient, and detached: lm_loss, gate_mean, balance_loss, entropy_loss, distill_loss.
 
-        out: the model's, with `loss`, `logits`, and `gates` where wanted; terms that cannot be had are left out.
+        out: the model's, with `loss`, `logits`, and `gates` where wanted; terms that cannot be had are left out. Each
+        is multiplied by the micro-batch's `share` of the step.
         """
-        terms: dict[str, Tensor] = {"lm_loss": out.loss}
-        total = out.loss
+        terms: dict[str, Tensor] = {"lm_loss": out.loss * share.targets}
+        total = terms["lm_loss"]
         gates = [gate for gate in (getattr(out, "gates", None) or ()) if gate is not None]
         if gates:
             balance_weight, entropy_weight = self.weights(phase)
             mask = batch.get("attention_mask")
-            terms["gate_mean"], terms["balance_loss"] = self._balance(gates, mask)
+            terms["gate_mean"], terms["balance_loss"] = (term * share.tokens for term in self._balance(gates, mask))
             with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_weight != 0):
-                terms["entropy_loss"] = gate_decidedness(gates, mask)
+                terms["entropy_loss"] = gate_decidedness(gates, mask) * share.tokens
             total = total + balance_weight * terms["balance_loss"] + entropy_weight * terms["entropy_loss"]
         if self.distill and teacher_logits is not None:
-            terms["distill_loss"] = distillation(
-                out.logits, teacher_logits, target_mask(batch), self.settings.distill_temperature
-            )
+            kl = distillation(out.logits, teacher_logits, target_mask(batch), self.settings.distill_temperature)
+            terms["distill_loss"] = kl * share.targets
             total = total + self.settings.distill_weight * terms["distill_loss"]
         return {"loss": total, **{name: term.detach() for name, term in terms.items()}}
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fusiontree.data import tokenizer_hash
+from fusiontree.data import SourceConfig, TokenizerConfig, tokenizer_hash
 from fusiontree.errors import CheckpointError
+from fusiontree.models import HybridConfig
 from fusiontree.train.callbacks import Callback
 from fusiontree.train.checkpoint import keep_newest, latest_checkpoint, list_checkpoints, sweep, write_checkpoint
-from fusiontree.train.config import MODEL_ARGUMENTS, RunConfig
+from fusiontree.train.config import MODEL_ARGUMENTS, DataSection, RunConfig, TrainingSection
 from fusiontree.train.jsonl import JsonLines
+from fusiontree.train.ranks import Ranks
 
 STATE_JSON, STATE_TENSORS = "trainer/state.json", "trainer/state.safetensors"
 
@@ -41,6 +44,12 @@ FREE = (
     "system.run_dir",
     "system.device",
     "system.threads",
+    "system.engine",
+    "system.deepspeed",
+    "system.offload",
+    "system.timeout",
+    "training.micro_batch_size",  # their product binds
+    "training.accumulation_steps",
 )
 
 
@@ -52,6 +61,7 @@ class Progress:
     tokens: int = 0  # targets learned from
     elapsed: float = 0.0  # seconds of training, over all processes of the run
     skipped_in_a_row: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
     final_loss: float | None = None  # of the last step
     validation_loss_before: float | None = None
     validation_loss_after: float | None = None  # the newest
@@ -78,16 +88,20 @@ def binding_settings(config: RunConfig, model_config: Any, tokenizer: Any) -> di
     own = MODEL_ARGUMENTS.keys() - {"use_cache"}  # which does not make another model
     settings = _flatten({**content, "model": {name: getattr(model_config, name) for name in sorted(own)}})
     settings["tokenizer"] = tokenizer_hash(tokenizer)
+    settings["training.rows_per_step"] = config.training.micro_batch_size * config.training.accumulation_steps
     plain = json.loads(json.dumps(settings))  # tuples become lists, as in the file it is compared with
     return {key: value for key, value in plain.items() if not key.startswith(FREE)}
 
 
 class RunStore:
-    """The checkpoints of one run folder: find a good one, check that it belongs, take it up, write the next."""
+    """The checkpoints of one run folder: find a good one, check that it belongs, take it up, write the next.
 
-    def __init__(self, run_dir: Path, limit: int | None, settings: Mapping[str, Any], world_size: int) -> None:
+    Of several processes the first reads and writes, all take up what it read.
+    """
+
+    def __init__(self, run_dir: Path, limit: int | None, settings: Mapping[str, Any], ranks: Ranks) -> None:
         self.run_dir, self.root, self.limit = run_dir, run_dir / "checkpoints", limit
-        self.settings, self.world_size = settings, world_size
+        self.settings, self.ranks = settings, ranks
         self.newest_step: int | None = None
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
@@ -95,6 +109,9 @@ class RunStore:
 
         Raises CheckpointError when there are checkpoints but none is whole, or when the newest is of other settings.
         """
+        return self.ranks.on_first(lambda: self._find(warn))
+
+    def _find(self, warn: Callable[[str], None]) -> Path | None:
         sweep(self.root)
         folder = latest_checkpoint(self.run_dir, warn)
         if folder is None and list_checkpoints(self.root):
@@ -105,7 +122,7 @@ class RunStore:
 
     def restore(self, folder: Path, callbacks: Iterable[Callback]) -> tuple[Progress, dict[str, Any]]:
         """Give callbacks and random generators their state back; gives the counters and the loader's state."""
-        content, tensors = read_run_state(folder), load_file(folder / STATE_TENSORS)
+        content, tensors = self.ranks.on_first(lambda: (read_run_state(folder), load_file(folder / STATE_TENSORS)))
         for callback in callbacks:
             own = _below(tensors, f"callback/{callback.name}/")
             if own:
@@ -123,19 +140,41 @@ class RunStore:
         self,
         progress: Progress,
         fill: Callable[[Path], None],
+        drain: Callable[[], None],
         loader_state: Mapping[str, Any],
         callbacks: Iterable[Callback],
     ) -> None:
-        """Write the checkpoint of this moment, then delete what is beyond the limit; raises CheckpointError."""
+        """Write the checkpoint of this moment, then delete what is beyond the limit; raises CheckpointError.
+
+        `fill` puts model and optimizer into the folder; `drain` is called in every process, whether or not that worked.
+        """
+        drained = ExitStack()
+        drained.callback(drain)
+        if not self.ranks.first:
+            drained.close()
+
+        def work() -> None:
+            with drained:
+                self._save(progress, fill, loader_state, callbacks)
+
+        self.ranks.on_first(work)
+        self.newest_step = progress.step
+
+    def _save(
+        self,
+        progress: Progress,
+        fill: Callable[[Path], None],
+        loader_state: Mapping[str, Any],
+        callbacks: Iterable[Callback],
+    ) -> None:
 
         def write(folder: Path) -> None:
             (folder / "trainer").mkdir()
             fill(folder)
             _write_run_state(folder, progress, self.settings, loader_state, list(callbacks))
 
-        facts = {"config_hash": settings_hash(self.settings), "world_size": self.world_size}
+        facts = {"config_hash": settings_hash(self.settings), "world_size": self.ranks.world_size}
         write_checkpoint(self.root, progress.step, write, facts)
-        self.newest_step = progress.step
         keep_newest(self.root, self.limit, also=progress.best_step)
 
     def trim_logs(self, step: int) -> None:
@@ -181,18 +220,31 @@ def read_run_state(folder: Path) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing the fields in which the run's settings differ from the checkpoint's."""
-    absent = "absent"
-    differing = [
-        f"{key} ({saved.get(key, absent)} -> {wanted.get(key, absent)})"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key, absent) != wanted.get(key, absent)
-    ]
+    """Raise CheckpointError listing the fields in which the run's settings differ from the checkpoint's.
+
+    A setting that one of them does not know has its default there: it did not exist yet, or no longer does.
+    """
+    defaults = _defaults()
+    differing = []
+    for key in sorted(saved.keys() | wanted.keys()):
+        before, now = (side.get(key, defaults.get(key, "absent")) for side in (saved, wanted))
+        if before != now:
+            differing.append(f"{key} ({before} -> {now})")
     if differing:
         fields = ", ".join(differing)
         raise CheckpointError(
             f"{folder}: made with other settings: {fields}; set them back, or start in a new system.run_dir"
         )
+
+
+def _defaults() -> dict[str, Any]:
+    """Flat `section.key` -> value of a run that says no more than it must."""
+    training = TrainingSection(steps=1, sequence_length=2, micro_batch_size=1)
+    data = DataSection(train=[SourceConfig(path="stdlib")], tokenizer=TokenizerConfig(path="byte"))
+    content = RunConfig(training=training, data=data).model_dump(mode="json", exclude={"model"})
+    model, own = HybridConfig(), MODEL_ARGUMENTS.keys()
+    plain = json.loads(json.dumps({**content, "model": {name: getattr(model, name) for name in own}}))
+    return _flatten(plain)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from fusiontree.train.losses import target_mask
+from fusiontree.train.ranks import Ranks
 
 Batch = dict[str, Any]
 Probe = Callable[[Any], float]
@@ -58,22 +59,44 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
 
 
 class Validation:
-    """Holds the validation batches and measures them, with any probes beside."""
+    """Holds the validation batches and measures them, with any probes beside; processes divide the batches."""
 
     def __init__(
-        self, batches: Iterable[Batch], limit: int, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None
+        self,
+        batches: Iterable[Batch],
+        limit: int,
+        evaluate: Evaluate | None,
+        probes: Mapping[str, Probe] | None,
+        ranks: Ranks,
     ) -> None:
         self.batches = list(islice(batches, limit))
         self.evaluate = evaluate or mean_loss
         self.probes = dict(probes or {})
+        self.ranks = ranks
 
     @torch.no_grad()
-    def measure(self, model: Any, device: torch.device) -> dict[str, float]:
+    def measure(self, model: Any) -> dict[str, float]:
         """`validation_loss`, `validation_perplexity` and one figure per probe; leaves the model in training mode."""
         model.eval()
         try:
-            loss = self.evaluate(model, (to_device(batch, device) for batch in self.batches)).loss
+            loss = self._loss(model)
             figures = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
             return {**figures, **{name: float(probe(model)) for name, probe in self.probes.items()}}
         finally:
             model.train()
+
+    def _loss(self, model: Any) -> float:
+        """Mean over the batches of all processes; each asks the model equally often, as a divided model needs."""
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            return self._ask(model, self.batches)
+        own = self.batches[ranks.rank :: ranks.world_size]
+        tokens = sum(int(target_mask(batch).sum()) for batch in own)
+        loss = self._ask(model, own) if own else 0.0
+        if len(own) * ranks.world_size < len(self.batches):
+            self._ask(model, self.batches[:1])
+        total = ranks.sum(torch.tensor([loss * tokens, tokens], dtype=torch.float64))
+        return float(total[0] / total[1].clamp(min=1))
+
+    def _ask(self, model: Any, batches: list[Batch]) -> float:
+        return self.evaluate(model, (to_device(batch, self.ranks.device) for batch in batches)).loss

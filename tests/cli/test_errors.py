@@ -33,6 +33,7 @@ BAD_CALLS = {
     "info: not a model": ("info", "{tmp}"),
     "report: not a run": ("report", "{tmp}"),
     "report: nothing there": ("report", "nowhere"),
+    "runs: nothing there": ("runs", "nowhere"),
     "tokenizer: no text": ("tokenizer", "train", "nowhere.txt", "--out", "{tmp}/tokenizer"),
     "tokenizer: too small": ("tokenizer", "train", "{config}", "--vocab-size", "10", "--out", "{tmp}/tokenizer"),
     "tokenizer: empty path": ("tokenizer", "train", "", "--out", "{tmp}/tokenizer"),
@@ -90,7 +91,7 @@ def test_help_names_every_verb_and_waits_for_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "prune", "export", "generate", "chat", "info", "report", "demo", "tokenizer", "data"):
+    for verb in ("train", "prune", "export", "generate", "chat", "info", "report", "runs", "demo", "tokenizer", "data"):
         assert f" {verb} " in done.stdout
 
 

@@ -48,7 +48,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=17)
 def test_a_200_mb_line_is_skipped_by_name_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     growth, *examples = run(HUGE_LINE, str(path), "200").split("|")
@@ -56,7 +56,7 @@ def test_a_200_mb_line_is_skipped_by_name_in_bounded_memory(tmp_path: Path) -> N
     assert examples == [f"{path}:51: 200000012 bytes, longer than max_document_bytes 1000000"]
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=4)
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "static"
     message = run(FULL_DISK, str(tmp_path / "a.txt"), str(out))

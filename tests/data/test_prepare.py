@@ -254,7 +254,7 @@ def test_too_much_that_is_bad_stops_parts_too(many, tokenizer, tmp_path: Path) -
     assert not (tmp_path / "static").exists() and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=25)
 def test_a_worker_that_is_killed_is_named_and_nothing_hangs(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
     victim = TEXTS[0]
     monkeypatch.setattr(parts, "_work", _die)

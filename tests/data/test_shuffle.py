@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusiontree.data.shuffle import make_key, permute
+from fusiontree.data.shuffle import FEW, make_key, permute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -16,8 +16,9 @@ def test_it_is_a_permutation(size: int, key: int) -> None:
 
 @given(size=st.integers(1, 2**40), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_an_image_needs_no_other(size: int, key: int, data) -> None:
-    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
+    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=2 * FEW))
     together = permute(indices, size, key)
+    assert together.tolist() == permute(indices + [0] * FEW, size, key)[: len(indices)].tolist(), "arrays and integers"
     assert [int(permute(index, size, key)[0]) for index in indices] == together.tolist()
     assert all(0 <= image < size for image in together)
 

@@ -132,6 +132,7 @@ def test_an_export_that_differs_never_appears(made: Path, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(row=4)
 def test_a_full_disk_keeps_the_earlier_export(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     export_pruned_model(made / "model", made / "plan.json", out)
@@ -147,7 +148,7 @@ def test_a_full_disk_keeps_the_earlier_export(made: Path, tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=6)
 def test_truncated_weights_are_refused(copy: Path) -> None:
     path = copy / "model" / "model.safetensors"
     whole = path.read_bytes()
@@ -220,6 +221,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_model(tmp_path / "nothing")
 
 
+@pytest.mark.fault(row=27)
 def test_remote_code_is_never_run(copy: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     code = f"open({str(canary)!r}, 'w').write('ran')\nclass Evil: pass\n"

@@ -120,6 +120,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.fault(row=28)
 @pytest.mark.parametrize(("path", "value", "said"), REFUSED, ids=[f"{p}={str(v)[:20]}" for p, v, _ in REFUSED])
 def test_a_wrong_field_is_named_in_one_line(path: str, value: Any, said: str) -> None:
     with pytest.raises(PlanError) as refusal:
@@ -146,6 +147,7 @@ FILES = [
 ]
 
 
+@pytest.mark.fault(row=28)
 @pytest.mark.parametrize(("content", "said"), FILES, ids=[c[:12].decode("latin1") for c, _ in FILES])
 def test_a_file_that_is_not_a_plan_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "plan.json"
@@ -169,6 +171,7 @@ FOREIGN = [
 ]
 
 
+@pytest.mark.fault(row=28)
 @pytest.mark.parametrize(("data", "said"), FOREIGN, ids=[said for _, said in FOREIGN])
 def test_a_plan_for_another_model_is_refused(data: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
@@ -183,12 +186,14 @@ def test_the_fingerprint_sees_weights_and_layers_but_not_the_dtype() -> None:
     assert model_fingerprint(model) != model_fingerprint(Weights())
 
 
+@pytest.mark.fault(row=28)
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0b"])
 def test_names_stay_inside_their_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(PlanError, match="plain name"):
         path_inside(tmp_path, name, PlanError)
 
 
+@pytest.mark.fault(row=28)
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc/passwd")
     with pytest.raises(PlanError, match="symbolic link"):
@@ -231,6 +236,7 @@ PLACES = st.sampled_from(["layers", "layers.0", "layers.0.layer", "layers.0.keep
                           "model.fingerprint", "budget", "baseline_loss", "layers.2", "version", "new"])  # fmt: skip
 
 
+@pytest.mark.fault(row=28)
 @settings(max_examples=300, deadline=None)
 @given(place=PLACES, value=VALUES)
 def test_fuzzed_plans_are_either_right_or_refused(place: str, value: Any) -> None:

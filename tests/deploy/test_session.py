@@ -129,7 +129,8 @@ def test_an_edited_session_is_refused(runtime: InferenceRuntime, saved: Path, ed
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=6)
+@pytest.mark.fault(row=7)
 def test_one_flipped_bit_a_cut_or_a_missing_file_is_noticed(runtime: InferenceRuntime, saved: Path) -> None:
     path = saved / "cache.safetensors"
     whole = path.read_bytes()

@@ -142,6 +142,7 @@ def removed_is_cut(model: Model) -> None:
         for i in removed:
             settings["layers"][i]["mixers"] = [m for m in settings["layers"][i]["mixers"] if m != branch]
             prefixes += [f"model.layers.{i}.mixers.{branch}.", f"model.layers.{i}.alignment.inputs.{branch}."]
+            prefixes += [f"model.layers.{i}.cross."]
             prefixes += [f"model.layers.{i}.srte."] if branch == "mamba" else []
         cut = HybridLanguageModel(HybridConfig(**settings)).eval()
         cut.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(tuple(prefixes))})

@@ -24,6 +24,7 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "srte_rank": 8,
 }
+GRANULARITIES = ("channel", "head", "token", "layer")
 PRUNED = [{"mixers": ["attention"]}, {"mixers": ["mamba"]}]
 MIXED = [
     {},
@@ -56,6 +57,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "conv_1": {"mamba_d_conv": 1},
     "conv_2": {"mamba_d_conv": 2, "mamba_expand": 1.5, "sliding_window": 2},
     "mixed": {"layers": MIXED, "num_hidden_layers": 5, "norm_placement": "pre"},
+    "pyramid": {"window_growth": 4, "sliding_window": 3, "num_hidden_layers": 3},
+    "cross": {"cross_rank": 3},
+    "cross_pruned": {"cross_rank": 3, "layers": [{}, *PRUNED], "num_hidden_layers": 3},
+    "gate_head": {"gate_granularity": "head", "norm_placement": "sandwich"},
+    "gate_token": {"gate_granularity": "token", "cross_rank": 2},
+    "gate_layer": {"gate_granularity": "layer", "norm_placement": "pre"},
     "untied": {"tie_word_embeddings": False, "mlp_type": "none"},
 }
 

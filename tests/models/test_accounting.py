@@ -17,6 +17,7 @@ PART_OF = {
     "mamba": "mamba",
     "attention": "attention",
     "alignment": "alignment",
+    "cross": "cross",
     "gate": "gate",
     "fusion_proj": "fusion_proj",
     "mlp": "mlp",
@@ -28,7 +29,7 @@ PART_OF = {
 
 def part_of(name: str) -> str:
     words = name.split(".")
-    for word in ("alignment", "mamba", "attention", "srte"):
+    for word in ("alignment", "cross", "mamba", "attention", "srte"):
         if word in words:
             return word
     return next(PART_OF[word] for word in words if word in PART_OF)
@@ -107,9 +108,13 @@ def test_weight_bytes_are_the_models(tmp_path) -> None:
     assert account(model.config, 2048).activation_bytes == 2 * account(model.config, 1024).activation_bytes > 0
 
 
-@pytest.mark.parametrize(
-    "kind", ["post", "sandwich", "gqa_shared", "srte_low_rank", "mixed", "llama", "mamba2", "untied"]
-)
+COUNTED = [
+    "post", "sandwich", "gqa_shared", "srte_low_rank", "mixed", "llama", "mamba2", "untied", "cross_pruned",
+    "gate_head", "gate_token",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COUNTED)
 @torch.no_grad()
 def test_flops_are_those_torch_counts(kind: str) -> None:
     """All but the attention scores, where torch counts masked keys too, or (SDPA on a CPU) nothing."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from fusiontree.errors import ConfigError
 from fusiontree.models import HybridConfig, HybridLanguageModel, preset
 from fusiontree.models.presets import PRESETS
-from tests.models.kinds import BASE, KINDS, config_of, draw_weights, tokens
+from tests.models.kinds import BASE, GRANULARITIES, KINDS, config_of, draw_weights, tokens
 
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
@@ -37,6 +37,9 @@ REFUSED = {
     "srte_rank": [0],
     "srte_shared": ["no", 1],
     "gate_rank": [0],
+    "gate_granularity": ["x", None],
+    "cross_rank": [-1, 1.5, None, True],
+    "window_growth": [0, 3, 2.0, True, None],
     "norm_placement": ["x", None],
     "norm_eps": [0, -1e-6, NAN],
     "mlp_type": ["x"],
@@ -121,6 +124,35 @@ def test_layers_are_filled_in_and_each_its_own() -> None:
     assert order.layers[0]["mixers"] == ["mamba", "attention"]
 
 
+def test_windows_double_over_the_depth() -> None:
+    def windows(growth: int, count: int, **more: object) -> list:
+        settings = {"num_hidden_layers": count, "window_growth": growth, "sliding_window": 5, **more}
+        return [layer["sliding_window"] for layer in HybridConfig(**{**BASE, **settings}).layers]
+
+    assert windows(1, 3) == [5, 5, 5]
+    assert windows(2, 4) == [5, 5, 10, 10]
+    assert windows(8, 8) == [5, 5, 10, 10, 20, 20, 40, 40]
+    assert windows(8, 2) == [5, 40]
+    # The list is the truth: what an entry says stays, and a config that went through a file has all entries filled in.
+    assert windows(4, 3, layers=[{}, {"sliding_window": 7}, {"sliding_window": None}]) == [5, 7, None]
+    config = HybridConfig(**{**BASE, "window_growth": 2})
+    config.layers[1]["sliding_window"] = 3
+    assert [layer["sliding_window"] for layer in HybridConfig(**config.to_dict()).layers] == [5, 3]
+
+
+@pytest.mark.parametrize("wrong", [{"sliding_window": None}, {"num_hidden_layers": 1}])
+def test_a_pyramid_needs_a_window_and_layers(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match="window_growth=2: needs a sliding_window and at least two layers"):
+        HybridConfig(**{**BASE, "window_growth": 2, **wrong})
+
+
+def test_heads_of_gates_share_the_channels_evenly() -> None:
+    with pytest.raises(ConfigError, match="num_attention_heads=3: must divide hidden_size=32"):
+        HybridConfig(**{**BASE, "num_attention_heads": 3, "head_dim": 8, "gate_granularity": "head"})
+    counts = {name: HybridConfig(**{**BASE, "gate_granularity": name}).gates_per_token for name in GRANULARITIES}
+    assert counts == {"channel": 32, "head": 4, "token": 1, "layer": 1}
+
+
 # A value other than the base's for every field, and the config it is flipped in where the base does not read it.
 FLIPS = {
     "vocab_size": (67, {}),
@@ -145,6 +177,9 @@ FLIPS = {
     "srte_rank": (3, {"srte": "low_rank"}),
     "srte_shared": (False, {}),
     "gate_rank": (3, {}),
+    "gate_granularity": ("head", {}),
+    "cross_rank": (3, {}),
+    "window_growth": (4, {}),
     "norm_placement": ("pre", {}),
     "norm_eps": (0.1, {}),
     "mlp_type": ("swiglu", {}),

@@ -48,6 +48,7 @@ def test_a_checkpoint_is_sealed_and_found(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.fault(row=6)
 def test_every_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
     folder = latest_checkpoint(run_with(tmp_path, 1, 2))
     assert folder is not None
@@ -62,6 +63,7 @@ def test_every_cut_of_a_file_is_noticed(tmp_path: Path) -> None:
     assert len(told) == 1 and "step-00000002" in told[0] and "warning" in told[0]
 
 
+@pytest.mark.fault(row=7)
 def test_every_flipped_bit_is_noticed_though_safetensors_is_content(tmp_path: Path) -> None:
     folder = latest_checkpoint(run_with(tmp_path, 1))
     assert folder is not None
@@ -106,6 +108,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+@pytest.mark.fault(row=8)
 @pytest.mark.parametrize(("damage", "expected"), DAMAGES)
 def test_a_damaged_or_foreign_folder_is_named_and_passed_over(
     tmp_path: Path, damage: Callable[[Path], object], expected: str
@@ -122,6 +125,7 @@ def no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.fault(row=4)
 @pytest.mark.parametrize("stage", ["fill", "_sync", "_seal", "rename"])
 def test_a_full_disk_names_the_path_and_keeps_the_older_one(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +146,7 @@ class PowerLoss(BaseException):
     """Ends the process's work without any of its clean-up, as a killed process would."""
 
 
+@pytest.mark.fault(row=1)
 @pytest.mark.parametrize("stage", ["mkdir", "fill", "_seal", "rename", "_sync"])
 def test_whatever_a_kill_leaves_behind_is_not_a_checkpoint(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch

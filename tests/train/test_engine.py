@@ -19,6 +19,7 @@ from fusiontree.train import Callback, latest_checkpoint, train
 from fusiontree.train.build import build_model
 from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import load_config
+from fusiontree.train.model_files import StateStream
 from tests.train.tiny import lines, tiny_config
 
 
@@ -107,6 +108,8 @@ class Poison(Callback):
         self.now = run.step + 1
 
 
+@pytest.mark.fault(row=20)
+@pytest.mark.fault(row=21)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_path: Path, where: str) -> None:
     config = tiny_config(tmp_path)
@@ -121,6 +124,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_p
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
 
 
+@pytest.mark.fault(row=20)
 def test_bad_steps_can_be_skipped_up_to_a_limit(tmp_path: Path) -> None:
     model = build_model(tiny_config(tmp_path, model__vocab_size=258))
     poison = Poison(model, {3, 4, 6}, "loss")
@@ -134,6 +138,7 @@ def test_bad_steps_can_be_skipped_up_to_a_limit(tmp_path: Path) -> None:
     assert [line["loss"] is None for line in lines(tmp_path / "run") if "loss" in line].count(True) == 3
 
 
+@pytest.mark.fault(row=21)
 def test_three_bad_steps_in_a_row_are_too_many_for_two(tmp_path: Path) -> None:
     model = build_model(tiny_config(tmp_path, model__vocab_size=258))
     with pytest.raises(TrainingError, match="step 5"):
@@ -223,6 +228,7 @@ def test_impossible_runs_are_refused_before_the_first_step(
     assert (tmp_path / "run" / "notes.txt").exists()
 
 
+@pytest.mark.fault(row=5)
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"system\.run_dir"):
@@ -241,25 +247,25 @@ def test_a_missing_optional_package_is_named(tmp_path: Path, monkeypatch: pytest
         train(tiny_config(tmp_path, logging__wandb=True))
 
 
+@pytest.mark.fault(row=26)
 def test_running_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(self: Any, *_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("fusiontree.train.strategy.SingleProcess.backward", hungry)
+    monkeypatch.setattr("fusiontree.train.strategies.SingleProcess.backward", hungry)
     with pytest.raises(TrainingError, match=r"step 1: out of memory.*none yet.*micro_batch_size"):
         train(tiny_config(tmp_path))
 
 
+@pytest.mark.fault(row=4)
 def test_a_disk_that_fills_up_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, folder: Path, *_: Any) -> None:
+    def full(self: Any, folder: Path) -> None:
         if folder.name.startswith("step-00000004"):
             raise OSError(28, "No space left on device")
-        original(self, folder, *_)
+        original(self, folder)
 
-    from fusiontree.train.strategy import SingleProcess
-
-    original = SingleProcess.save
-    monkeypatch.setattr(SingleProcess, "save", full)
+    original = StateStream.write
+    monkeypatch.setattr(StateStream, "write", full)
     with pytest.raises(CheckpointError, match=r"step-00000004: .*No space left"):
         train(tiny_config(tmp_path))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

@@ -49,6 +49,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert state_hashes(one) == state_hashes(other) != {}
 
 
+@pytest.mark.fault(row=10)
 @pytest.mark.parametrize(
     "changes", [{}, {"training__optimizer": "muon", "data__num_workers": 2, "data__packing": False}]
 )
@@ -111,7 +112,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 LONG = {"training__steps": 24, "training__save_every": 3, "training__validation_every": 10}
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=1)
 def test_sigkill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(tiny_config(tmp_path, system__run_dir=str(whole), **LONG))
@@ -128,7 +129,8 @@ def test_sigkill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=2)
+@pytest.mark.fault(row=3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
     changes = {**LONG, "training__steps": 5000, "training__save_every": None, "training__validation_every": None}
@@ -145,7 +147,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path: Path, numbe
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.fault
+@pytest.mark.fault(row=4)
 def test_a_full_disk_ends_with_one_line_and_the_older_checkpoint(tmp_path: Path) -> None:
     """The child may not write files beyond a size that its second checkpoint's logs and weights pass."""
     config = tiny_content(tmp_path, logging__console="plain")
@@ -162,6 +164,7 @@ def test_a_full_disk_ends_with_one_line_and_the_older_checkpoint(tmp_path: Path)
     assert train(tiny_config(tmp_path)).step == 8
 
 
+@pytest.mark.fault(row=6)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = tmp_path / "whole"
     train(tiny_config(tmp_path, system__run_dir=str(whole)))
@@ -174,6 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, caps
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.fault(row=8)
 def test_no_whole_checkpoint_is_an_error(tmp_path: Path) -> None:
     train(tiny_config(tmp_path, training__steps=2))
     (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").unlink()
@@ -191,6 +195,7 @@ OTHER = [
 ]
 
 
+@pytest.mark.fault(row=9)
 @pytest.mark.parametrize(("changes", "expected"), OTHER)
 def test_a_checkpoint_of_other_settings_is_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], expected: list[str]
@@ -204,6 +209,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(
     assert state_hashes(tmp_path / "run") == before
 
 
+@pytest.mark.fault(row=9)
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     train(tiny_config(tmp_path, training__steps=2))
     path = tmp_path / "run" / "tokenizer" / "tokenizer.json"
@@ -214,6 +220,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         train(tiny_config(tmp_path, training__steps=4))
 
 
+@pytest.mark.fault(row=13)
 def test_other_text_is_refused(tmp_path: Path) -> None:
     train(tiny_config(tmp_path, training__steps=2))
     write_text(tmp_path / "text.txt", seed=1)

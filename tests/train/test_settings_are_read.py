@@ -75,6 +75,11 @@ SEEN_ELSEWHERE = {
     "logging.wandb_project",
     "system.device",
     "system.threads",
+    "system.engine",  # test_engines, with those below
+    "system.deepspeed",
+    "system.offload",
+    "system.timeout",
+    "training.teacher",
 }
 
 
@@ -225,6 +230,9 @@ MODEL: dict[str, tuple[Any, dict[str, Any]]] = {
     "srte_rank": (4, {"srte": "low_rank"}),
     "srte_shared": (False, {}),
     "gate_rank": (8, {}),
+    "gate_granularity": ("head", {}),
+    "cross_rank": (2, {}),
+    "window_growth": (2, {}),
     "norm_placement": ("pre", {}),
     "norm_eps": (0.1, {}),
     "mlp_type": ("swiglu", {}),

@@ -1,0 +1,129 @@
+"""The processes of a run: who they are, what they tell each other, and which of them is missing when one is lost."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusiontree import errors
+from fusiontree.errors import ConfigError, FusionTreeError, LostRankError
+
+Result = TypeVar("Result")
+
+ANSWER_SECONDS = 2.0  # how long the others have to say that they are alive after something went wrong
+
+
+class Ranks:
+    """One of `world_size` processes; alone, every exchange gives back what it got."""
+
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, store: Any = None) -> None:
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self._store = store
+        self._rounds = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """The first process's content of a tensor that all have in the same shape, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def share_object(self, value: Result) -> Result:
+        """The first process's value."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives in the first process; an error about the input is raised in all."""
+        if self.world_size == 1:
+            return work()
+        outcome: tuple[Any, str, str] = (None, "", "")
+        if self.first:
+            try:
+                outcome = (work(), "", "")
+            except FusionTreeError as error:
+                outcome = (None, type(error).__name__, str(error))
+        value, kind, message = self.share_object(outcome)
+        if kind:
+            raise getattr(errors, kind)(message)
+        return value
+
+    def missing(self) -> list[int]:
+        """Processes that do not answer; each that still can must call this too."""
+        self._rounds += 1
+        keys = [f"fusiontree/alive/{self._rounds}/{rank}" for rank in range(self.world_size)]
+        self._store.set(keys[self.rank], "")
+        silent: list[int] = []
+        for rank, key in enumerate(keys):
+            try:
+                self._store.wait([key], timedelta(seconds=0.1 if silent else ANSWER_SECONDS))
+            except dist.DistError:
+                silent.append(rank)
+        return silent
+
+    def lost(self, step: int, error: RuntimeError, advice: str) -> LostRankError:
+        """The error to raise when an exchange failed; names the missing, and shows where this process was waiting."""
+        silent = self.missing()
+        who = " and ".join(f"rank {rank}" for rank in silent) or "another process"
+        if "imed out" in str(error) or "timeout" in str(error).lower():
+            faulthandler.dump_traceback(sys.stderr)
+        told = self.rank != min(rank for rank in range(self.world_size) if rank not in silent)
+        return LostRankError(f"step {step}: {who} does not answer (killed, or hanging); {advice}", told=told)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error came out of an exchange between processes; gloo's have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def processes_started() -> int:
+    """How many processes torchrun, or another launcher that sets WORLD_SIZE, started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: torch.device, timeout: float) -> Ranks:
+    """Meet the other processes that torchrun started; alone, make a group of one.
+
+    `cuda` becomes this process's own GPU. Raises ConfigError when there are fewer GPUs than processes.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
+    if "RANK" in os.environ:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    return Ranks(device, rank, world_size, store)
+
+
+def leave() -> None:
+    """Part from the others; nothing to do when there was no group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
