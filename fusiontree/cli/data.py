@@ -1,4 +1,4 @@
-"""`fusiontree data prepare`, `inspect` and `download`."""
+"""`fusiontree data prepare`, `inspect`, `download` and `clean`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
     text_field: Annotated[str, typer.Option(help="JSONL: the key that holds the text.")] = "text",
     min_length: Annotated[int, typer.Option(help="Characters; shorter documents are left out.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; each takes some 64 MB of whole files at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each takes some 16 MB at a time.")] = 1,
 ) -> None:
     """Tokenise text once into a memory-mapped folder, to be used as a source with mode: static.
 
@@ -30,7 +30,6 @@ def prepare(
 
     texts = sources(files, text_field=text_field, min_length=min_length)
     store = prepare_static(texts, load_tokenizer(tokenizer), out, workers)
-    store = prepare_static(texts, load_tokenizer(tokenizer), out)
     for example in store.bad_records.examples[:5]:
         typer.echo(f"warning: skipped {example}", err=True)
     typer.echo(f"{store.bad_records.summary()}, {int(store.offsets[-1]):,} tokens: {out}")
@@ -81,3 +80,17 @@ def download(
     typer.echo(f"{bad.documents:,} documents: {out}")
     if bad.count:
         typer.echo(f"left out: {bad.summary()}", err=True)
+
+
+@app.command()
+def clean(
+    days: Annotated[float, typer.Option(min=0, help="What no run has opened for so long.")] = 30,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="data.cache_dir of the runs; else $FUSIONTREE_CACHE or the user's cache folder.")
+    ] = None,
+) -> None:
+    """Remove tokens of lazy sources that are no longer used; a run that needs them makes them again."""
+    from fusiontree.data import clean_cache
+
+    count, size = clean_cache(days, cache_dir)
+    typer.echo(f"removed {count:,} token folders, {size / 1e6:,.0f} MB")

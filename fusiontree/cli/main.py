@@ -31,7 +31,7 @@ GO_ON = {
     "generate": "the text above is not finished",
     "chat": "the conversation is over",
 }
-FIRST_TELLS = 5.0  # seconds
+FIRST_TELLS = 0.5  # seconds; less than another process takes to find out that this one is lost
 START_AGAIN = "nothing half-written is left; run the same command again"
 
 

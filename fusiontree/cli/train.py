@@ -18,10 +18,12 @@ def train(
 ) -> None:
     """Train as a YAML config says; run again on the same run folder, it goes on from the last checkpoint."""
     from fusiontree.eval.perplexity import evaluate_loss
+    from fusiontree.recipes.probes import training_probes
     from fusiontree.train import load_config
     from fusiontree.train import train as run
 
-    result = run(load_config(config, overrides or []), evaluate=evaluate_loss)
+    settings = load_config(config, overrides or [])
+    result = run(settings, evaluate=evaluate_loss, probes=training_probes(settings))
     if os.environ.get("RANK", "0") != "0":
         return
     if result.interrupted:  # the engine has saved and said how to go on

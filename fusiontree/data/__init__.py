@@ -7,7 +7,7 @@ from fusiontree.data.curriculum import Preset, Stage, plan_stages, stage_at
 from fusiontree.data.download import CORPORA, corpus_source, download
 from fusiontree.data.inspection import Inspection, inspect_source
 from fusiontree.data.loader import Loader
-from fusiontree.data.prepare import open_source, prepare_static
+from fusiontree.data.prepare import clean_cache, open_source, prepare_static
 from fusiontree.data.records import BadRecords
 from fusiontree.data.sources import read_texts, stdlib_corpus
 from fusiontree.data.store import TokenStore
@@ -36,6 +36,7 @@ __all__ = [
     "build_loader",
     "byte_tokenizer",
     "check_vocabulary",
+    "clean_cache",
     "corpus_source",
     "download",
     "inspect_source",

@@ -7,6 +7,7 @@ A damaged compressed or Parquet file is an error and not a bad record: how much 
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from fusiontree.data.records import (
     read_sections,
     separator_pattern,
 )
+from fusiontree.data.stretches import Bounded, Stretch
 from fusiontree.errors import DataError
 
 Kind = Literal["jsonl", "text", "parquet"]
@@ -61,22 +63,31 @@ def format_of(path: Path) -> Format:
     return Format("jsonl" if inner in JSONL else "text", compression)
 
 
-def open_sections(path: Path, source: SourceConfig, advance: Callable[[int], None]) -> Iterator[Section]:
-    """Records of a file in order; `advance` is told how many bytes of the file have been read since.
+def separator_of(form: Format, source: SourceConfig) -> re.Pattern[bytes] | None:
+    """What stands between two records of a file; None: it is one record."""
+    if form.kind == "jsonl":
+        return LINE_END
+    return separator_pattern(source.separator) if source.separator else None
+
+
+def open_sections(
+    path: Path, source: SourceConfig, advance: Callable[[int], None], stretch: Stretch | None = None
+) -> Iterator[Section]:
+    """Records of a file, or of a stretch of it, in order; `advance` is told the bytes of the file read since.
 
     Raises DataError when the file cannot be read or is damaged.
     """
     form = format_of(path)
-    line = 1
+    begin, line = (stretch.begin, stretch.line) if stretch else (0, 1)
     try:
         if form.kind == "parquet":
             yield from _parquet_sections(path, source, advance)
             return
-        separator = separator_pattern(source.separator) if source.separator else None
-        separator = LINE_END if form.kind == "jsonl" else separator
-        with path.open("rb") as raw, _decompressed(raw, form.compression, path) as handle:
-            told = 0
-            for section in read_sections(handle, separator, source.max_document_bytes):
+        separator = separator_of(form, source)
+        with path.open("rb") as raw, _decompressed(raw, form.compression, path) as whole:
+            told = raw.seek(begin)
+            handle = Bounded(raw, stretch.end - begin) if stretch else whole
+            for section in read_sections(handle, separator, source.max_document_bytes, begin, line):
                 advance(raw.tell() - told)
                 told, line = raw.tell(), section.line
                 yield section

@@ -1,8 +1,9 @@
 """Preparing much text in parts: several processes at once, and parts that are done are kept over an interruption.
 
-A part is a run of files of one source, some 64 MB, made into a store of its own beside the target (`out`.parts); at the
-end the parts are copied one after the other, so the result is to the byte what one process would have made in one go.
-A single huge file is one part: split it, or let the tokenizer's own threads do what they can.
+A part is a run of files of one source, or a stretch of a large one, some 16 MB, made into a store of its own beside the
+target (`out`.parts); at the end the parts are copied one after the other, so the result is to the byte what one process
+would have made in one go. Compressed files, Parquet and text without a separator are not cut, nor is a file of which
+only the first documents are wanted.
 """
 
 from __future__ import annotations
@@ -13,53 +14,83 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import SourceConfig
+from fusiontree.data.formats import format_of, separator_of
+from fusiontree.data.locks import locked
+from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import BadRecords
 from fusiontree.data.sources import expand, read_files
 from fusiontree.data.store import StoreWriter, TokenStore
+from fusiontree.data.stretches import Stretch, cut
 from fusiontree.data.tokenizer import tokenise, tokenizer_hash
 from fusiontree.errors import DataError
 
-PART_BYTES = 64 << 20
+PART_BYTES = 16 << 20
 POLL_SECONDS = 0.5
 Advance = Callable[[int], None]
 _shared: dict[str, Any] = {}
 
 
 class Part(NamedTuple):
-    """Some files of source number `source`, and the folder that their tokens go to."""
+    """Some files of source number `source`, or a stretch of one, and the folder that their tokens go to."""
 
     source: int
     files: tuple[Path, ...]
+    stretch: Stretch | None
     folder: Path
 
     @property
     def size(self) -> int:
-        """Bytes of the files."""
+        """Bytes to be read."""
+        if self.stretch is not None:
+            return self.stretch.end - self.stretch.begin
         return sum(path.stat().st_size for path in self.files)
 
 
 def divide(sources: Sequence[SourceConfig], folder: Path, key: str) -> list[Part]:
-    """Parts of the sources' files in order, each but the last of a source at least PART_BYTES large."""
+    """Parts of the sources' files in order, most of them about PART_BYTES large."""
     root = folder.with_name(folder.name + ".parts")
-    parts: list[Part] = []
-    for number, source in enumerate(sources):
-        files = expand(source)
-        begin = size = 0
-        for index, path in enumerate(files):
-            size += path.stat().st_size
-            if size >= PART_BYTES or index == len(files) - 1:
-                parts.append(
-                    Part(number, tuple(files[begin : index + 1]), root / f"{key[:16]}-{PART_BYTES}-{len(parts):05d}")
-                )
-                begin, size = index + 1, 0
-    return parts
+    files = [(number, source, path) for number, source in enumerate(sources) for path in expand(source)]
+    with byte_progress("counting lines", sum(path.stat().st_size for _, _, path in files)) as advance:
+        cuts = [(number, path, _stretches(path, source, advance)) for number, source, path in files]
+    return [
+        Part(number, paths, stretch, root / f"{key[:16]}-{PART_BYTES}-{index:05d}")
+        for index, (number, paths, stretch) in enumerate(_pieces(cuts))
+    ]
+
+
+def _stretches(path: Path, source: SourceConfig, advance: Advance) -> list[Stretch]:
+    """Where a file is to be cut; one stretch or none: not at all."""
+    form = format_of(path)
+    separator = separator_of(form, source)
+    if separator is None or form.compression or form.kind == "parquet" or source.max_samples_per_file is not None:
+        return []
+    return cut(path, separator, PART_BYTES, advance)
+
+
+def _pieces(
+    cuts: Sequence[tuple[int, Path, Sequence[Stretch]]],
+) -> Iterator[tuple[int, tuple[Path, ...], Stretch | None]]:
+    """Files of a source that are not cut, together until they are large enough; and stretches, one by one."""
+    together: list[Path] = []
+    size = 0
+    for index, (number, path, stretches) in enumerate(cuts):
+        following = cuts[index + 1] if index + 1 < len(cuts) else None
+        if len(stretches) > 1:
+            yield from ((number, (path,), stretch) for stretch in stretches)
+            continue
+        together.append(path)
+        size += path.stat().st_size
+        if size >= PART_BYTES or following is None or following[0] != number or len(following[2]) > 1:
+            yield number, tuple(together), None
+            together, size = [], 0
 
 
 def make_parts(
@@ -98,16 +129,25 @@ def _make_at_once(
 
 
 def make_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance) -> None:
-    """Tokenise a part; one without a document leaves only its account of bad records."""
+    """Tokenise a part unless it is there; one without a document leaves only its account of bad records."""
+    with locked(part.folder):  # a killed run's worker may still be at it
+        if not _is_done(part):
+            _write_part(part, source, tokenizer, advance)
+
+
+def _write_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance) -> None:
     bad = BadRecords()
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
-    with StoreWriter(part.folder, vocabulary) as writer:
-        for document, ids in tokenise(read_files(part.files, source, bad, advance), tokenizer):
+    documents = read_files(part.files, source, bad, advance, part.stretch)
+    with StoreWriter(part.folder, max(tokenizer.get_vocab().values()) + 1) as writer:
+        for document, ids in tokenise(documents, tokenizer):
             writer.append(document, ids)
         if bad.documents:
             writer.finish("part", tokenizer_hash(tokenizer), bad)
     if not bad.documents:
-        _empty(part).write_text(json.dumps(bad.to_json()), encoding="utf-8")
+        note = _empty(part)
+        draft = note.with_name(note.name + ".tmp")
+        draft.write_text(json.dumps(bad.to_json()), encoding="utf-8")
+        os.replace(draft, note)
 
 
 def parts_of(parts: Sequence[Part], source: int) -> Iterator[tuple[TokenStore | None, BadRecords]]:
@@ -143,8 +183,16 @@ def _follow(futures: Sequence[Future[None]], done: Any, advance: Advance) -> Non
 
 def _start_worker(tokenizer: PreTrainedTokenizerFast, done: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _shared.update(tokenizer=tokenizer, done=done, stop=stop)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(part: Part, source: SourceConfig) -> None:

@@ -12,14 +12,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from fusiontree.data.config import SourceConfig
+from fusiontree.data.locks import locked
 from fusiontree.data.parts import Part, divide, make_parts, parts_of
 from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import BadRecords
@@ -46,7 +47,7 @@ def prepare_static(
     """Tokenise sources into `out_dir`, to be used as `SourceConfig(path=out_dir, mode="static")`.
 
     The folder appears whole or not at all: after an interruption call it again and it goes on, with the loss of at most
-    some 64 MB per worker; called again with the same text and tokenizer it returns what is there. The result is the
+    some 16 MB per worker; called again with the same text and tokenizer it returns what is there. The result is the
     same for any number of worker processes. Raises DataError when the folder holds something else.
     """
     if not sources:
@@ -56,7 +57,7 @@ def prepare_static(
             raise ConfigError(f"{source.path}: weights belong to training; prepare each source into its own folder")
     folder = Path(out_dir).expanduser()
     key = _key(sources, tokenizer)
-    with _locked(folder, keep=False):
+    with locked(folder):
         if folder.is_dir() and any(folder.iterdir()):
             store = TokenStore(folder)
             if store.meta.get("key") != key:
@@ -82,10 +83,37 @@ def open_source(
     return store
 
 
+def clean_cache(days: float, cache_dir: str | Path | None = None) -> tuple[int, int]:
+    """Remove tokens of lazy sources that no run has opened for so many days; gives how many stores and bytes.
+
+    A run that has one open keeps it; what is needed again is made again. Raises DataError when one cannot be removed.
+    """
+    count = size = 0
+    for folder in sorted((cache_folder(cache_dir) / "tokens").glob("*/")):
+        if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) <= 86400 * days:
+            continue
+        with locked(folder.with_suffix("")):  # a draft (.tmp) is guarded by the lock of what it becomes
+            if not folder.exists():
+                continue
+            size += sum(path.stat().st_size for path in folder.iterdir())
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise DataError(f"{folder}: cannot be removed: {error.strerror or error}") from error
+            count += 1
+    return count, size
+
+
 def _cached(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, cache: Path) -> TokenStore:
     key = _key([source], tokenizer)
     folder = cache / "tokens" / key[:32]
-    with _locked(folder, keep=True):  # several processes ask at once: one works, the others find its result
+    if folder.exists():
+        with suppress(DataError):  # a damaged one is dealt with by one process
+            store = TokenStore(folder)
+            with suppress(OSError):  # another user's cache
+                os.utime(folder)  # the time of last use, for `clean_cache`
+            return store
+    with locked(folder):  # several processes ask at once: one works, the others find its result
         if folder.exists():
             try:
                 return TokenStore(folder)
@@ -139,21 +167,3 @@ def _key(sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast) ->
         parts.append(source.model_dump(exclude={"path", "weight", "mode", "max_bad_fraction", "subset", "split"}))
         parts.append([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in expand(source)])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path, keep: bool) -> Iterator[None]:
-    """Keep other processes away from a store that is about to be written; a lock frees itself when its holder dies."""
-    path = folder.with_name(folder.name + ".lock")
-    lock = FileLock(path)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise DataError(f"{folder.parent}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-        if not keep:
-            path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from fusiontree.errors import DataError
 
@@ -87,6 +87,12 @@ class Section:
     data: bytes | None
 
 
+class Readable(Protocol):
+    """A file, or a part of one."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Document:
     """A usable document and where it came from: file, first line (from 1), byte offset and size in the unpacked file.
@@ -110,14 +116,22 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
     return re.compile(re.escape(separator.encode()).replace(b"\\\n", b"\r?\n"))
 
 
-def read_sections(handle: BinaryIO, separator: re.Pattern[bytes] | None, limit: int) -> Iterator[Section]:
+def overlap_of(separator: re.Pattern[bytes]) -> int:
+    """Bytes that no match is longer than."""
+    return 2 * len(separator.pattern)
+
+
+def read_sections(
+    handle: Readable, separator: re.Pattern[bytes] | None, limit: int, offset: int = 0, line: int = 1
+) -> Iterator[Section]:
     """Yield the sections of a file in order, holding at most `limit` bytes and a chunk of it (None: one section).
 
     A section that outgrows `limit` is read to its end and thrown away on the way. An empty file is one empty section.
+    `offset` and `line`: where in the file the handle stands, which is the beginning of a section.
     """
-    overlap = 2 * len(separator.pattern) if separator else 0
+    overlap = overlap_of(separator) if separator else 0
     rest = bytearray()
-    offset, line, lost, lost_lines, searched = 0, 1, 0, 0, 0
+    lost, lost_lines, searched = 0, 0, 0
     while chunk := handle.read(CHUNK_BYTES):
         rest += chunk
         start = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from fusiontree.data.config import SourceConfig
 from fusiontree.data.formats import format_of, open_sections, parse
 from fusiontree.data.records import BadRecords, Document, RecordError, Section
+from fusiontree.data.stretches import Stretch
 from fusiontree.errors import ConfigError, DataError
 
 STDLIB = "stdlib"
@@ -68,12 +69,16 @@ def read_source(
 
 
 def read_files(
-    files: Sequence[Path], source: SourceConfig, bad: BadRecords, advance: Callable[[int], None]
-) -> Iterator[Document]:
-    """Yield the usable documents of some files of a source and count the others, whatever their share."""
+    files: Sequence[Path], source: SourceConfig, bad: BadRecords, advance: Callable[[int], None],
+    stretch: Stretch | None = None,
+) -> Iterator[Document]:  # fmt: skip
+    """Yield the usable documents of some files of a source and count the others, whatever their share.
+
+    `stretch`: only this part of each file.
+    """
     for path in files:
         before = bad.documents
-        for section in open_sections(path, source, advance):
+        for section in open_sections(path, source, advance, stretch):
             document = _document(path, section, source, bad)
             if document is not None:
                 bad.documents += 1

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fusiontree.data.ahead import alongside
 from fusiontree.data.config import SourceConfig, TokenizerConfig
+from fusiontree.data.locks import locked
 from fusiontree.data.progress import byte_progress
 from fusiontree.data.records import Document
 from fusiontree.data.sources import expand, read_texts
@@ -106,19 +107,30 @@ def resolve_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of a run: the one already in `out_dir`, else the one `config` asks for, saved there.
 
-    Raises ConfigError when the one that is there is not the one asked for.
+    Safe for several processes at once. Raises ConfigError when the one that is there is not the one asked for.
     """
     folder = Path(out_dir)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder)
-        _check_origin(tokenizer, config, sources, folder)
-    elif config.train_vocab_size is not None:
-        tokenizer = train_tokenizer(sources, config.train_vocab_size, folder)
-    elif config.path is not None:
-        tokenizer = load_tokenizer(config.path, config.download)
-        _save(tokenizer, _free_folder(folder), _origin(config, sources))
-    else:
+    if config.path is None and config.train_vocab_size is None and not _is_there(folder):
         raise ConfigError('tokenizer: give path (a folder, a hub name or "byte") or train_vocab_size')
+    if not _is_there(folder):
+        with locked(folder):  # several processes start at once: one makes it, the others find it
+            if not _is_there(folder):
+                return _make(config, sources, folder)
+    tokenizer = load_tokenizer(folder)
+    _check_origin(tokenizer, config, sources, folder)
+    return tokenizer
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "tokenizer.json").exists()
+
+
+def _make(config: TokenizerConfig, sources: Sequence[SourceConfig], folder: Path) -> PreTrainedTokenizerFast:
+    if config.path is None:
+        assert config.train_vocab_size is not None
+        return train_tokenizer(sources, config.train_vocab_size, folder)
+    tokenizer = load_tokenizer(config.path, config.download)
+    _save(tokenizer, _free_folder(folder), _origin(config, sources))
     return tokenizer
 
 

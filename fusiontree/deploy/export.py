@@ -69,6 +69,26 @@ def export_pruned_model(
     return result
 
 
+def export_model(model_path: str | Path, output_path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a checkpoint as a model folder of its own: weights, config and tokenizer, nothing of the training.
+
+    `dtype`: of the weights; None: as they are. Read back and compared before the folder appears.
+    """
+    source = check_model_folder(model_path)
+    output = _checked_output(Path(output_path), source)
+    model = load_model(source, dtype=dtype)
+    with new_folder(output, EXPORT_MARK, CheckpointError) as folder:
+        model.save_pretrained(folder)
+        copy_tokenizer_files(source, folder)
+        written = load_model(folder, dtype=dtype).state_dict()
+        for name, tensor in model.state_dict().items():
+            if not torch.equal(tensor, written[name]):
+                raise CheckpointError(f"{output}: {name} was not written as it is; not exported")
+        record = {"format": "fusiontree-export", "version": 1, "fingerprint": model_fingerprint(model)}
+        write_json(folder / EXPORT_MARK, record, CheckpointError)
+    return output
+
+
 def verify_export(
     original: Any, pruned: Any, removed: Mapping[int, str], seed: int = 0, tolerance: float = TOLERANCE
 ) -> float:

@@ -11,6 +11,7 @@ from fusiontree.deploy.plan import MAX_LAYERS
 from fusiontree.errors import CheckpointError, FusionTreeError
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
+from fusiontree.models.manifest import MANIFEST, verify
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 SINGLE = "model.safetensors"
@@ -57,6 +58,8 @@ def load_model(
 ) -> HybridLanguageModel:
     """The model of a folder, in evaluation mode; `dtype` None keeps the stored one. CheckpointError when damaged."""
     folder = check_model_folder(path)
+    if (folder / MANIFEST).exists():  # a training checkpoint; its optimizer's state is not needed here
+        verify(folder, ignore="trainer")
     try:
         config = HybridConfig.from_pretrained(folder, local_files_only=True)
         _check_shapes(folder, config)

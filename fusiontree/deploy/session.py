@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +16,7 @@ from fusiontree.deploy.sampling import GenerationOptions, Options
 from fusiontree.deploy.text_stream import TextStream
 from fusiontree.errors import CheckpointError
 from fusiontree.models.cache import HybridCache
+from fusiontree.models.manifest import sha256_of
 
 if TYPE_CHECKING:
     from fusiontree.deploy.runtime import InferenceRuntime
@@ -140,12 +140,3 @@ def load_cache(past: HybridCache, path: Path, record: SessionRecord, device: tor
     if (seen := past.get_seq_length()) != record.fed:
         raise CheckpointError(f"{path}: the saved state has seen {seen} tokens, {SESSION_FILE} says {record.fed}")
     return past
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -29,6 +29,7 @@ from fusiontree.eval.perplexity import evaluate_loss
 from fusiontree.eval.system import measure_speed
 from fusiontree.lab.report import write_report
 from fusiontree.recipes.pace import Pace, find_pace
+from fusiontree.recipes.probes import training_probes
 from fusiontree.recipes.slim import SlimResult, healing_config, slim, slim_table
 from fusiontree.train import RunConfig, latest_checkpoint, load_config, train
 
@@ -134,7 +135,7 @@ def _settled_pace(out: Path, minutes: float, tiny: bool, sizes: Sizes, console: 
 
 def _train(config: RunConfig, out: Path, console: Console) -> Path:
     """Train, or find that it is done; the newest checkpoint."""
-    result = train(config, evaluate=evaluate_loss)
+    result = train(config, evaluate=evaluate_loss, probes=training_probes(config))
     if result.interrupted:
         raise KeyboardInterrupt(f"interrupted at step {result.step}; run the same command again to go on from there")
     checkpoint = latest_checkpoint(out)

@@ -108,7 +108,7 @@ def healing_config(
 ) -> RunConfig:
     """The settings of a short distillation on the data of `run`, the run that trained the model of `model_path`."""
     content = run.model_dump()
-    content["model"] = {}  # the pruned model is handed in
+    content["model"], content["probes"] = {}, {}  # the pruned model is handed in; it is measured afterwards
     content["data"]["tokenizer"] = {"path": str(model_path)}
     content["training"].update(steps=steps, lr=lr, warmup_steps=min(steps, max(1, steps // 10)), decay_fraction=0.5)
     content["training"].update(save_every=None, validation_every=None)

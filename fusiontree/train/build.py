@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 import shutil
@@ -16,7 +17,7 @@ from transformers import AutoConfig
 from fusiontree.data import check_vocabulary, load_tokenizer, tokenizer_hash
 from fusiontree.errors import ConfigError, FusionTreeError
 from fusiontree.models import HybridConfig, HybridLanguageModel
-from fusiontree.train.callbacks import Callback, Console, MetricsFile, TensorBoard, WandB
+from fusiontree.train.callbacks import Callback, Console, MetricsFile, StateFile, TensorBoard, WandB
 from fusiontree.train.checkpoint import RunLock
 from fusiontree.train.config import RunConfig
 from fusiontree.train.gate_monitor import GateMonitor
@@ -75,6 +76,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def mixed_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, far apart for neighbours."""
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def model_config(config: RunConfig, tokenizer: Any | None = None) -> HybridConfig:
     """HybridConfig of the run; the vocabulary and special ids come from the tokenizer where the section is silent."""
     section: dict[str, Any] = {}
@@ -123,13 +130,13 @@ def build_callbacks(
         callbacks.append(GateMonitor(config.gate_monitor, config.training.steps, file, tokenizer))
     if not first:
         return callbacks
-    callbacks.insert(0, MetricsFile(JsonLines(run_dir / "metrics.jsonl")))
+    callbacks[:0] = [StateFile(run_dir / "state.json"), MetricsFile(JsonLines(run_dir / "metrics.jsonl"))]
     if config.logging.tensorboard:
         _require("tensorboard", "logging.tensorboard")
         callbacks.append(TensorBoard(run_dir / "tensorboard"))
     if config.logging.wandb:
         _require("wandb", "logging.wandb")
-        callbacks.append(WandB(config.logging.wandb_project, run_dir.name, config.model_dump(mode="json")))
+        callbacks.append(WandB(config.logging.wandb_project, run_dir, config.model_dump(mode="json")))
     return [*callbacks, console]
 
 

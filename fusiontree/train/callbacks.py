@@ -17,6 +17,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fusiontree.errors import ConfigError
 from fusiontree.train.jsonl import JsonLines
 
 # The bar's speed is that of the last ten minutes: a step may take longer than rich's 30 seconds.
@@ -99,10 +100,10 @@ class StateFile(Callback):
         self._write({"state": "running"}, run)
 
     def on_finish(self, run: Snapshot) -> None:
-        """How it ended: the engine tells while the error that ends the run is on its way."""
-        error = sys.exc_info()[1]
+        """How it ended."""
+        error = ending_error(self.outside)
         try:
-            if error is None or error is self.outside:
+            if error is None:
                 self._write({"state": "finished" if run.step >= run.steps else "interrupted"}, run)
             else:
                 self._write({"state": "failed", "error": str(error) or type(error).__name__}, run)
@@ -206,24 +207,35 @@ class TensorBoard(Callback):
 
 
 class WandB(Callback):
-    """Weights & Biases; the run's id is kept so that a resumed run continues the same curve."""
+    """Weights & Biases, its files in the run folder; the id is kept so that a resumed run goes on in its curves."""
 
     name = "wandb"
 
-    def __init__(self, project: str, run_name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any]) -> None:
         self.project = project
-        self.run_name = run_name
+        self.run_dir = run_dir
         self.settings = dict(settings)
         self.run_id: str | None = None
         self.run: Any = None
+        self.outside: BaseException | None = None
 
     def on_start(self, run: Snapshot) -> None:
-        """Open the run; raises ImportError's line when wandb is not installed (checked before the first step)."""
+        """Open the run; ConfigError where there is no key or no server (WANDB_MODE=offline needs neither)."""
         import wandb
 
-        self.run = wandb.init(
-            project=self.project, name=self.run_name, config=self.settings, id=self.run_id, resume="allow"
-        )
+        self.outside = sys.exc_info()[1]
+        try:
+            self.run = wandb.init(
+                project=self.project,
+                name=self.run_dir.name,
+                dir=str(self.run_dir),
+                config=self.settings,
+                id=self.run_id,
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            way = "WANDB_MODE=offline keeps the curves in the run folder for `wandb sync`"
+            raise ConfigError(f"logging.wandb: {error} {way}; logging.wandb=false does without") from error
         self.run_id = self.run.id
 
     def on_metrics(self, run: Snapshot, metrics: Mapping[str, Any]) -> None:
@@ -231,9 +243,9 @@ class WandB(Callback):
         self.run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
 
     def on_finish(self, run: Snapshot) -> None:
-        """Close the run."""
+        """Close the run, as failed when an error ends it."""
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=0 if ending_error(self.outside) is None else 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The run's id."""
@@ -242,6 +254,17 @@ class WandB(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the run's id."""
         self.run_id = state["run_id"]
+
+
+def ending_error(outside: BaseException | None) -> BaseException | None:
+    """In `on_finish`, which is told while an error is on its way: that error, unless the caller had it before."""
+    error = sys.exc_info()[1]
+    return None if error is outside else error
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an allocation failed; torch has no type of its own for that on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def memory_gb(device: torch.device) -> float:

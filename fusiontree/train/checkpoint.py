@@ -6,10 +6,7 @@ A checkpoint is an ordinary model folder (from_pretrained reads it) plus `traine
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
-import transformers
 
 from fusiontree.errors import CheckpointError
+from fusiontree.models.manifest import seal, sync, verify
 
-FORMAT, VERSION = "fusiontree-checkpoint", 1
-MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -56,7 +50,7 @@ def latest_checkpoint(run_dir: str | Path, warn: Callable[[str], None] | None = 
 def sweep(root: Path) -> None:
     """Remove what a killed save or clean-up left behind."""
     for path in root.glob("step-*.tmp"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def write_checkpoint(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
@@ -68,14 +62,14 @@ def write_checkpoint(root: Path, step: int, fill: Callable[[Path], None], facts:
     target = step_folder(root, step)
     temporary = target.with_name(target.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         temporary.mkdir(parents=True)
         fill(temporary)
-        _seal(temporary, step, facts)
+        seal(temporary, {"step": step, **facts})
         if target.exists():  # a damaged one of the same step, passed over when the run was resumed
-            shutil.rmtree(target)
+            _remove(target)
         os.rename(temporary, target)
-        _sync(root)
+        sync(root)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{target}: the checkpoint cannot be written: {error}; older ones are intact") from error
     finally:
@@ -92,94 +86,15 @@ def keep_newest(root: Path, limit: int | None, also: int | None = None) -> None:
             # Renamed first, so that a half-deleted folder never looks like a checkpoint.
             doomed = folder.with_name(folder.name + ".tmp")
             os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file against the manifest, which is returned; raises CheckpointError naming what differs."""
-    manifest = _read_manifest(folder)
-    files: dict[str, Any] = manifest["files"]
-    present = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            raise CheckpointError(f"{folder}: {name} is a link; a checkpoint holds only plain files")
-        if path.is_file() and name != MANIFEST:
-            present[name] = path
-    missing, extra = sorted(files.keys() - present.keys()), sorted(present.keys() - files.keys())
-    if missing or extra:
-        raise CheckpointError(f"{folder}: damaged: missing files: {missing}, files that do not belong: {extra}")
-    for name, path in present.items():
-        size, wanted = path.stat().st_size, files[name]["bytes"]
-        if size != wanted:
-            raise CheckpointError(f"{folder}: damaged: {name} has {size} bytes, the manifest says {wanted}")
-        if _sha256(path) != files[name]["sha256"]:
-            raise CheckpointError(f"{folder}: damaged: the content of {name} is not what was saved (SHA-256 differs)")
-    return manifest
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: not a checkpoint: {MANIFEST} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a {FORMAT} manifest")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{path}: version {manifest.get('version')!r} is not supported; allowed: {VERSION}")
-    if manifest.pop("seal", None) != _digest(manifest):
-        raise CheckpointError(f"{path}: damaged: the manifest was changed after it was written")
-    return manifest
-
-
-def _seal(folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """Sync every file, then write the manifest last."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        **facts,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in paths
-        },
-    }
-    manifest["seal"] = _digest(manifest)
-    path = folder / MANIFEST
-    path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for item in (*paths, path, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(item)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    """Delete a folder, or whatever else has its name, without following links."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class RunLock(contextlib.AbstractContextManager["RunLock"]):

@@ -104,6 +104,11 @@ class TrainingSection(Section):
     """Batches of `micro_batch_size` rows per validation, always the same ones."""
     max_skipped_steps: int = Field(default=0, ge=0)
     """Steps in a row whose loss or gradient is not finite that are left out before the run stops."""
+    spike_factor: float = Field(default=1.5, gt=1)
+    """A step is told as a loss spike when its loss is more than this many times the usual one, the median of the last
+    64 steps, and far outside their spread."""
+    spike_stop: float | None = Field(default=None, gt=1)
+    """The run stops at a spike of at least this many times the usual loss; null: it is told, and the run goes on."""
     loss: LossSection = LossSection()
 
     @model_validator(mode="after")
@@ -111,6 +116,8 @@ class TrainingSection(Section):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
         self.stages()
+        if self.spike_stop is not None and self.spike_stop < self.spike_factor:
+            raise ValueError(f"spike_stop {self.spike_stop} is less than spike_factor {self.spike_factor}")
         if self.teacher is not None and self.loss.distill_weight == 0:
             raise ValueError("teacher: needs loss.distill_weight above 0")
         return self
@@ -157,6 +164,29 @@ class GateMonitorSection(Section):
     """Alarm when one branch's rms is below this fraction of the other's."""
 
 
+class ProbesSection(Section):
+    """Perplexity by length of context and recall, measured while training without a trace in it."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between probes, which are also made before the first step and after the last; null: none."""
+    perplexity_lengths: list[Annotated[int, Field(ge=2)]] | None = None
+    """Tokens of context, each a divisor of the longest; null: `training.sequence_length` and a quarter of it; []: no
+    perplexity. The same held-out text is cut into rows of each length."""
+    perplexity_tokens: int = Field(default=8192, ge=1)
+    """Held-out tokens read at each length, rounded up to rows of the longest."""
+    recall_pairs: list[Annotated[int, Field(ge=1)]] = Field(default=[4, 16])
+    """Recall is asked in rows with so many pairs of a key and a value; []: no recall."""
+    recall_questions: int = Field(default=128, ge=1)
+    """Values asked for with each number of pairs, rounded up to whole rows."""
+
+    def lengths(self, sequence_length: int) -> list[int]:
+        """The lengths of context in a run with rows of `sequence_length`, shortest first."""
+        if self.perplexity_lengths is not None:
+            return sorted(set(self.perplexity_lengths))
+        quarter = [sequence_length // 4] if sequence_length % 4 == 0 and sequence_length >= 8 else []
+        return [*quarter, sequence_length]
+
+
 class LoggingSection(Section):
     """Where the figures go; metrics.jsonl is always written."""
 
@@ -198,6 +228,7 @@ class RunConfig(Section):
     training: TrainingSection
     data: DataSection
     gate_monitor: GateMonitorSection = GateMonitorSection()
+    probes: ProbesSection = ProbesSection()
     logging: LoggingSection = LoggingSection()
     system: SystemSection = SystemSection()
 
@@ -211,7 +242,24 @@ class RunConfig(Section):
         _check_engine(self.system)
         if self.training.curriculum is not None and not self.data.packing:
             raise ValueError("training.curriculum: needs data.packing, where every row has the same number of tokens")
+        if self.probes.every is not None:
+            self._check_probes(limit or max(longest, HybridConfig.max_position_embeddings))
         return self
+
+    def _check_probes(self, limit: int) -> None:
+        """Probes fit into the model, and there is text for them."""
+        lengths = self.probes.lengths(self.training.sequence_length)
+        sizes = {
+            "perplexity_lengths": max(lengths, default=0),
+            "recall_pairs": 4 * max(self.probes.recall_pairs, default=0),
+        }
+        for name, tokens in sizes.items():
+            if tokens > limit:
+                raise ValueError(f"probes.{name}: makes rows of {tokens}; model.max_position_embeddings is {limit}")
+        if uneven := [length for length in lengths if lengths[-1] % length]:
+            raise ValueError(f"probes.perplexity_lengths: {uneven[0]} does not divide the longest, {lengths[-1]}")
+        if lengths and not self.data.validation and self.data.validation_fraction == 0:
+            raise ValueError("probes.perplexity_lengths: nothing is held out; name data.validation, or set it to []")
 
 
 def _check_engine(system: SystemSection) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,22 +21,25 @@ from fusiontree.train.build import (
     build_model,
     choose_device,
     load_teacher,
+    mixed_seed,
     prepare_model,
     run_folder,
     set_checkpointing,
 )
-from fusiontree.train.callbacks import Callback, Console, Snapshot, memory_gb
-from fusiontree.train.checkpoint import step_folder
+from fusiontree.train.callbacks import Callback, Console, Snapshot, is_out_of_memory, memory_gb
+from fusiontree.train.checkpoint import list_checkpoints
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
+from fusiontree.train.jsonl import JsonLines
 from fusiontree.train.loss_scale import LossScale
 from fusiontree.train.losses import HybridModelLoss, Share, phase_at, real_tokens, target_mask
 from fusiontree.train.model_files import StateStream, load_optimizer, load_weights
 from fusiontree.train.optim import learning_rate
-from fusiontree.train.ranks import is_lost, leave
+from fusiontree.train.ranks import is_lost
 from fusiontree.train.run_state import Progress, RunResult, RunStore, binding_settings
+from fusiontree.train.spikes import SpikeGuard
 from fusiontree.train.strategies import SingleProcess, build_strategy
-from fusiontree.train.validation import Batch, Evaluate, Probe, Validation, model_inputs, to_device
+from fusiontree.train.validation import Batch, Evaluate, Probe, Probes, Validation, model_inputs, to_device
 from fusiontree.train.yaml_files import write_yaml
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk that is full, or no longer to be written
@@ -56,9 +57,10 @@ def train(
     """Run the training `config` describes, or go on with it when its run folder has a checkpoint.
 
     `model` is trained in place instead of one built from the model section. `teacher` (same vocabulary) feeds the
-    distillation term. `evaluate(model, batches)` replaces the validation loss; `probes` are measured beside it.
-    SIGTERM and Ctrl-C finish the step, save and return with `interrupted`. Raises ConfigError and DataError before the
-    first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the loss is not finite.
+    distillation term. `evaluate(model, batches)` replaces the validation loss; `probes` are measured every
+    `probes.every` steps. SIGTERM and Ctrl-C finish the step, save and return with `interrupted`. Raises ConfigError and
+    DataError before the first step, CheckpointError when a checkpoint cannot be used or written, TrainingError when the
+    loss is not finite or a spike too high.
     """
     run_dir = Path(config.system.run_dir)
     strategy = build_strategy(config, choose_device(config.system.device))
@@ -67,12 +69,15 @@ def train(
             trainer = Trainer(config, run_dir, strategy, model, teacher, callbacks)
             trainer.hold_out(evaluate, probes)
             return trainer.run()
+    except RuntimeError as error:
+        if strategy.ranks.world_size == 1 or not is_lost(error):
+            raise
+        advice = f"last good checkpoint: {last_good(run_dir)}; start all again to go on from it"
+        raise strategy.ranks.lost(error, advice) from error
     except OSError as error:
         if error.errno in _DISK:
             raise CheckpointError(f"{error.filename or run_dir}: cannot be written: {error.strerror}") from error
         raise
-    finally:
-        leave()
 
 
 class Trainer:
@@ -104,7 +109,9 @@ class Trainer:
         self.loss = HybridModelLoss(settings.loss, distill=teacher is not None)
         self.model = model if model is not None else build_model(config, self.tokenizer)
         prepare_model(self.model, config, self.tokenizer)
-        self.callbacks = [*callbacks, *build_callbacks(config, run_dir, self.tokenizer, self.console, ranks.first)]
+        self.spikes = SpikeGuard(settings, JsonLines(run_dir / "spikes.jsonl", writes=ranks.first))
+        own = build_callbacks(config, run_dir, self.tokenizer, self.console, ranks.first)
+        self.callbacks: list[Callback] = [*callbacks, self.spikes, *own]
         binding = binding_settings(config, self.model.config, self.tokenizer)
         self.store = RunStore(run_dir, settings.save_total_limit, binding, ranks)
         self.resumed = self.store.find(self.console.say)
@@ -122,43 +129,41 @@ class Trainer:
         self.stop = StopSignals("" if quiet else "stopping: the step is finished and saved first")
 
     def hold_out(self, evaluate: Evaluate | None, probes: Mapping[str, Probe] | None) -> None:
-        """Take the validation batches; none when the settings hold nothing out."""
+        """Take the validation batches, none when the settings hold nothing out, and the probes."""
+        self.probes = Probes(self.config.probes.every, probes)
         if self.config.data.validation or self.config.data.validation_fraction > 0:
             batches = cast(Iterator[Batch], iter(self._loader("validation")))
-            self.validation = Validation(batches, self.settings.validation_batches, evaluate, probes, self.ranks)
+            self.validation = Validation(batches, self.settings.validation_batches, evaluate, self.ranks)
 
     def run(self) -> RunResult:
         """Resume if there is something to resume, then step until done or asked to stop."""
-        try:
-            return self._run()
-        except RuntimeError as error:
-            if self.ranks.world_size == 1 or not is_lost(error):
-                raise
-            advice = f"last good checkpoint: {self._last_good()}; start all again to go on from it"
-            raise self.ranks.lost(self.progress.step + 1, error, advice) from error
-
-    def _run(self) -> RunResult:
         self._resume_or_start()
-        steps, progress = self.settings.steps, self.progress
-        try:
-            with self.stop:
-                self._tell("on_start", self._snapshot())
-                if progress.step == 0 and progress.validation_loss_before is None:
-                    self._validate()
-                batches = cast(Iterator[Batch], iter(self.loader))
-                while progress.step < steps and not self._asked_to_stop():
-                    self._enter_stage()
-                    self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
-                    last = progress.step == steps
-                    if last or _due(progress.step, self.settings.validation_every):
-                        self._validate()
-                    if last or _due(progress.step, self.settings.save_every):
-                        self._save()
-                if self.store.newest_step != progress.step:
-                    self._save()
-        finally:
-            self._tell("on_finish", self._snapshot())
+        with self.stop:
+            try:
+                self._go()
+            finally:
+                self._tell("on_finish", self._snapshot())
         return self._finish()
+
+    def _go(self) -> None:
+        """Every step that is left, with validation and saving where they are due."""
+        steps, progress = self.settings.steps, self.progress
+        self._tell("on_start", self._snapshot())
+        if self.resumed is None:
+            self._validate()
+            self._probe()
+        batches = cast(Iterator[Batch], iter(self.loader))
+        while progress.step < steps and not self._asked_to_stop():
+            self._enter_stage()
+            self._step([next(batches) for _ in range(self.stage.accumulation_steps)])
+            last = progress.step == steps
+            if last or _due(progress.step, self.settings.validation_every):
+                self._validate()
+            self._probe()
+            if last or _due(progress.step, self.settings.save_every):
+                self._save()
+        if self.store.newest_step != progress.step:
+            self._save()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process got a signal; all stop after the same step."""
@@ -187,20 +192,23 @@ class Trainer:
         self.strategy.optimizers.set_lr(lr)
         try:
             parts = [self._micro_step(step, i, batch, shares) for i, batch in enumerate(batches)]
+            sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
+            # Read here, where the update waits for the device anyway; after it the next step can begin meanwhile.
+            terms = dict(zip(parts[0], self.ranks.sum(sums).tolist(), strict=True))
             norm, updated = self.strategy.update(self.settings.max_grad_norm, self.scale.value)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            advice = self._advice("a smaller training.micro_batch_size")
-            raise TrainingError(f"step {step}: out of memory; {advice}") from error
-        sums = self.ranks.sum(torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]]))
-        terms = dict(zip(parts[0], sums, strict=True))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._failed(f"step {step}: out of memory", "a smaller training.micro_batch_size") from error
         if updated:
             self.scale.succeeded()
             progress.skipped_in_a_row = 0
-        elif not (torch.isfinite(terms["loss"]) and self.scale.shrink()):
+        elif not (math.isfinite(terms["loss"]) and self.scale.shrink()):
             self._skip(step, terms, norm)
         progress.step, progress.tokens = step, progress.tokens + targets
         progress.elapsed += time.monotonic() - started
-        self._report(terms, lr, norm)
+        self._look_for_a_spike(terms["loss"], norm)
+        self._report({**terms, "grad_norm": norm}, lr)
 
     def _shares(self, batches: list[Batch]) -> tuple[list[Share], int]:
         """What part of the step each micro-batch is, and the step's targets, over all processes."""
@@ -215,7 +223,7 @@ class Trainer:
         gates = bool(watchers) or self._logs(step) or self.loss.needs_gates(phase)
         batch = to_device(batch, self.strategy.device)
         # The same branches in every micro-batch and process, so that the step does not depend on how it is divided.
-        self.model.branch_dropout_seed = _mixed(self.config.system.seed, step)
+        self.model.branch_dropout_seed = mixed_seed(self.config.system.seed, step)
         with self.strategy.accumulating(last=index == len(shares) - 1):
             with self._autocast():
                 out = self.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
@@ -226,38 +234,42 @@ class Trainer:
             callback.on_forward(step, batch, out)
         return {name: term.detach() for name, term in terms.items()}
 
+    @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor | None:
         if self.teacher is None:
             return None
         inputs = {key: value for key, value in model_inputs(batch).items() if key != "labels"}
-        with torch.no_grad():
-            logits: Tensor = self.teacher(**inputs).logits
+        logits: Tensor = self.teacher(**inputs).logits
         return logits
 
-    def _skip(self, step: int, terms: Mapping[str, Tensor], norm: Tensor) -> None:
+    def _look_for_a_spike(self, loss: float, norm: float) -> None:
+        """Tell a loss that stands out, with the text of the step; stop where the settings say so."""
+        spike = self.spikes.see(self.progress.step, loss, norm)
+        if spike is not None:
+            rows, end = self.stage.accumulation_steps * self.stage.micro_batch_size, self.loader.position
+            samples = range(end - rows * self.ranks.world_size, end)
+            line = self.spikes.tell(spike, samples, self.loader.origins)
+            if self.spikes.ends_the_run(spike):
+                raise self._failed(line, "a lower training.lr or a higher training.spike_stop")
+            self.console.say(f"warning: {line}")
+
+    def _skip(self, step: int, terms: Mapping[str, float], norm: float) -> None:
         """Say that a bad step was left out of the weights; stop when there are too many in a row."""
         self.progress.skipped_in_a_row += 1
-        figures = ", ".join(f"{name} {float(value):.4g}" for name, value in {**terms, "grad_norm": norm}.items())
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in {**terms, "grad_norm": norm}.items())
         what = f"step {step}: loss or gradient is not finite ({figures}); the weights were not updated"
         if self.progress.skipped_in_a_row > self.settings.max_skipped_steps:
-            raise TrainingError(f"{what}; {self._advice('a lower training.lr')}")
+            raise self._failed(what, "a lower training.lr")
         self.console.say(f"warning: {what}; going on")
 
-    def _advice(self, change: str) -> str:
-        """How to go on after a failed step."""
-        return f"last good checkpoint: {self._last_good()}; try {change}"
+    def _failed(self, what: str, change: str) -> TrainingError:
+        """The error that ends the run, with how to go on."""
+        return TrainingError(f"{what}; last good checkpoint: {last_good(self.run_dir)}; try {change}")
 
-    def _last_good(self) -> str:
-        newest = self.store.newest_step
-        return "none yet" if newest is None else str(step_folder(self.store.root, newest))
-
-    def _report(self, terms: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
+    def _report(self, figures: Mapping[str, float], lr: float) -> None:
         """Tell the callbacks of a finished step, with its figures when it is time for a line."""
         progress = self.progress
         if self._logs(progress.step):
-            names = list(terms)
-            values = torch.stack([*(terms[name].float() for name in names), norm.float()]).tolist()
-            figures = dict(zip([*names, "grad_norm"], values, strict=True))
             progress.final_loss = figures["loss"]
             now = time.monotonic()
             seconds, tokens = now - self.clock[0], progress.tokens - self.clock[1]
@@ -266,6 +278,7 @@ class Trainer:
                 "step": progress.step,
                 **figures,
                 "lr": lr,
+                "spikes": self.spikes.count,
                 "tokens": progress.tokens,
                 "tokens_per_second": tokens / max(seconds, 1e-9),
                 "memory_gb": memory_gb(self.strategy.device),
@@ -292,6 +305,14 @@ class Trainer:
             progress.best_validation_loss, progress.best_step = loss, progress.step
         self._tell("on_metrics", self._snapshot(), {"step": progress.step, **figures})
         self.clock = (time.monotonic(), progress.tokens)
+
+    def _probe(self) -> None:
+        """Measure the probes when it is time."""
+        if self.probes.due(self.progress.step, self.settings.steps):
+            with self._autocast():
+                figures = self.probes.measure(self.model, self.strategy.device)
+            self._tell("on_metrics", self._snapshot(), {"step": self.progress.step, **figures})
+            self.clock = (time.monotonic(), self.progress.tokens)
 
     def _save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -336,28 +357,13 @@ class Trainer:
 
     def _finish(self) -> RunResult:
         """Say how it ended and write summary.json."""
-        progress = self.progress
-        if progress.step < self.settings.steps:
-            where = f"step {progress.step} of {self.settings.steps}"
-            self.console.say(f"stopped and saved at {where}; run the same command again to go on")
-        best = None
-        if progress.best_step is not None:
-            best = {"step": progress.best_step, "validation_loss": progress.best_validation_loss}
-        result = RunResult(
-            run_dir=self.run_dir,
-            step=progress.step,
-            final_loss=progress.final_loss,
-            validation_loss_before=progress.validation_loss_before,
-            validation_loss_after=progress.validation_loss_after,
-            best=best,
-            interrupted=progress.step < self.settings.steps,
-        )
-        summary = {**asdict(result), "tokens": progress.tokens, "elapsed": progress.elapsed}
-        summary.update(run_dir=self.run_dir.name, parameters=self.strategy.parameters)
-        summary["bad_records"] = self.loader.bad_records.to_json()
-        if self.ranks.first:
-            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        return result
+        progress, steps = self.progress, self.settings.steps
+        if progress.step < steps:
+            self.console.say(
+                f"stopped and saved at step {progress.step} of {steps}; run the same command again to go on"
+            )
+        counts = {"parameters": self.strategy.parameters, "spikes": self.spikes.count}
+        return self.store.finish(progress, steps, **counts, bad_records=self.loader.bad_records.to_json())
 
     def _loader(self, split: Literal["train", "validation"]) -> Loader:
         settings, stage = self.settings, self.stage
@@ -386,11 +392,11 @@ class Trainer:
             getattr(callback, event)(*details)
 
 
+def last_good(run_dir: Path) -> str:
+    """The newest finished checkpoint, in words."""
+    finished = list_checkpoints(run_dir / "checkpoints")
+    return str(finished[-1]) if finished else "none yet"
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _mixed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, far apart for neighbours."""
-    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

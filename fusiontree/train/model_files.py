@@ -14,7 +14,7 @@ from fusiontree.train.ranks import Ranks
 from fusiontree.train.strategies import SingleProcess
 from fusiontree.train.tensors import TensorFiles, write_tensors
 
-MODEL, OPTIMIZER = "model", "trainer/optimizer"
+MODEL, OPTIMIZER, TRAINER = "model", "optimizer", "trainer"
 
 
 class StateStream:
@@ -32,7 +32,7 @@ class StateStream:
         config.architectures = [kind.removeprefix("FSDP")]  # which fully_shard puts before the name of the class
         config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
-        write_tensors(folder, OPTIMIZER, self.optimizer)
+        write_tensors(folder / TRAINER, OPTIMIZER, self.optimizer)
 
     def drain(self) -> None:
         """Gather what is left without keeping it: others may be waiting for this process's parts."""
@@ -57,7 +57,7 @@ def load_weights(model: Any, folder: Path | None, ranks: Ranks) -> None:
 def load_optimizer(strategy: SingleProcess, folder: Path) -> None:
     """The optimizer's state in `folder` into the engine; the first process reads, all take part."""
     ranks = strategy.ranks
-    files = TensorFiles(folder, OPTIMIZER) if ranks.first else None
+    files = TensorFiles(folder / TRAINER, OPTIMIZER) if ranks.first else None
     shapes = ranks.share_object(files.shapes() if files is not None else {})
     strategy.load_optimizer_state(list(shapes), _shared(files, shapes, ranks))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
+import signal
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -82,14 +87,18 @@ class Ranks:
                 silent.append(rank)
         return silent
 
-    def lost(self, step: int, error: RuntimeError, advice: str) -> LostRankError:
-        """The error to raise when an exchange failed; names the missing, and shows where this process was waiting."""
+    def lost(self, error: RuntimeError, advice: str) -> LostRankError:
+        """The error to raise when an exchange failed: it names the missing; of those left the first is to tell it."""
+        if threading.current_thread() is threading.main_thread():
+            # torchrun ends the others as soon as it misses one: not before they have said which.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if "timed out" in str(error).lower():  # where this process waited, and what its threads do
+            traceback.print_exception(error)
+            faulthandler.dump_traceback(sys.stderr)
         silent = self.missing()
         who = " and ".join(f"rank {rank}" for rank in silent) or "another process"
-        if "imed out" in str(error) or "timeout" in str(error).lower():
-            faulthandler.dump_traceback(sys.stderr)
         told = self.rank != min(rank for rank in range(self.world_size) if rank not in silent)
-        return LostRankError(f"step {step}: {who} does not answer (killed, or hanging); {advice}", told=told)
+        return LostRankError(f"{who} does not answer (killed, or hanging); {advice}", told=told)
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -113,17 +122,18 @@ def join(device: torch.device, timeout: float) -> Ranks:
             raise ConfigError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    if "RANK" in os.environ:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=limit)))
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
+    if not dist.is_initialized():
+        _meet(device, timedelta(seconds=timeout))
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+
+
+def _meet(device: torch.device, limit: timedelta) -> None:
+    """One group for as long as this process lives: DeepSpeed keeps hold of it."""
+    # Names that FSDP2 and DeepSpeed still use, told at every exchange.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    return Ranks(device, rank, world_size, store)
-
-
-def leave() -> None:
-    """Part from the others; nothing to do when there was no group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    atexit.register(dist.destroy_process_group)

@@ -34,12 +34,15 @@ FREE = (
     "training.validation_every",
     "training.validation_batches",
     "training.max_skipped_steps",
+    "training.spike_factor",
+    "training.spike_stop",
     "training.compile",
     "training.activation_checkpointing",
     "data.num_workers",
     "data.cache_dir",
     "data.tokenizer.",  # the tokenizer itself is compared
     "gate_monitor.",
+    "probes.",
     "logging.",
     "system.run_dir",
     "system.device",
@@ -176,6 +179,26 @@ class RunStore:
         facts = {"config_hash": settings_hash(self.settings), "world_size": self.ranks.world_size}
         write_checkpoint(self.root, progress.step, write, facts)
         keep_newest(self.root, self.limit, also=progress.best_step)
+
+    def finish(self, progress: Progress, steps: int, **facts: Any) -> RunResult:
+        """What the run came to, written to summary.json with some `facts`."""
+        best = None
+        if progress.best_step is not None:
+            best = {"step": progress.best_step, "validation_loss": progress.best_validation_loss}
+        result = RunResult(
+            run_dir=self.run_dir,
+            step=progress.step,
+            final_loss=progress.final_loss,
+            validation_loss_before=progress.validation_loss_before,
+            validation_loss_after=progress.validation_loss_after,
+            best=best,
+            interrupted=progress.step < steps,
+        )
+        counted = {"tokens": progress.tokens, "elapsed": progress.elapsed, **facts}
+        summary = {**asdict(result), "run_dir": self.run_dir.name, **counted}
+        if self.ranks.first:
+            (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return result
 
     def trim_logs(self, step: int) -> None:
         """Drop the lines after `step`: the resumed run writes them again."""

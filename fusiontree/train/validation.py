@@ -1,8 +1,9 @@
-"""Loss on held-out text, always on the same batches."""
+"""Loss on held-out text, always on the same batches, and probes: what else is measured while a run goes on."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +15,9 @@ from fusiontree.train.losses import target_mask
 from fusiontree.train.ranks import Ranks
 
 Batch = dict[str, Any]
-Probe = Callable[[Any], float]
+Probe = Callable[[Any], float | Mapping[str, float]]
+"""Calls nothing but `model(**inputs)`, as often and with the same inputs in every process; no gradients, no dropout.
+Gives a figure, or some by name."""
 
 
 class HasLoss(Protocol):
@@ -41,9 +44,14 @@ def mean_loss(model: Any, batches: Iterable[Batch]) -> MeanLoss:
     for batch in batches:
         count = int(target_mask(batch).sum())
         if count:
-            total = total + model(**model_inputs(batch)).loss.double() * count
+            total = total + model(**model_inputs(batch), skip_logits=True).loss.double() * count
             tokens += count
     return MeanLoss(float(total) / max(tokens, 1), tokens)
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; kept within what a float holds."""
+    return math.exp(min(loss, 700.0))
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,29 +67,26 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
 
 
 class Validation:
-    """Holds the validation batches and measures them, with any probes beside; processes divide the batches."""
+    """Holds the validation batches and measures them; processes divide the batches."""
 
     def __init__(
         self,
         batches: Iterable[Batch],
         limit: int,
         evaluate: Evaluate | None,
-        probes: Mapping[str, Probe] | None,
         ranks: Ranks,
     ) -> None:
         self.batches = list(islice(batches, limit))
         self.evaluate = evaluate or mean_loss
-        self.probes = dict(probes or {})
         self.ranks = ranks
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
-        """`validation_loss`, `validation_perplexity` and one figure per probe; leaves the model in training mode."""
+        """`validation_loss` and `validation_perplexity`; leaves the model in training mode."""
         model.eval()
         try:
             loss = self._loss(model)
-            figures = {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
-            return {**figures, **{name: float(probe(model)) for name, probe in self.probes.items()}}
+            return {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
         finally:
             model.train()
 
@@ -100,3 +105,40 @@ class Validation:
 
     def _ask(self, model: Any, batches: list[Batch]) -> float:
         return self.evaluate(model, (to_device(batch, self.ranks.device) for batch in batches)).loss
+
+
+class Probes:
+    """Measures its probes before the first step, every so many steps, and after the last, and leaves no trace: the
+    model is in training mode again, and the random generators go on where they were."""
+
+    def __init__(self, every: int | None, probes: Mapping[str, Probe] | None) -> None:
+        self.every, self.probes = every, dict(probes or {})
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to measure after `step` of `steps`."""
+        return self.every is not None and bool(self.probes) and (step in (0, steps) or step % self.every == 0)
+
+    @torch.no_grad()
+    def measure(self, model: Any, device: torch.device) -> dict[str, float]:
+        """`name`, or `name/key` where a probe gives several figures."""
+
+        def ask(**inputs: Any) -> Any:
+            return model(**to_device(inputs, device))
+
+        found: dict[str, float] = {}
+        python = random.getstate()
+        model.eval()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for name, probe in self.probes.items():
+                    value = probe(ask)
+                    figures = (
+                        {f"{name}/{key}": one for key, one in value.items()}
+                        if isinstance(value, Mapping)
+                        else {name: value}
+                    )
+                    found.update({key: float(one) for key, one in figures.items()})
+        finally:
+            model.train()
+            random.setstate(python)
+        return found

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fusiontree.data import SourceConfig, TokenStore, open_source, parts, prepare, prepare_static, train_tokenizer
+from fusiontree.data import (
+    SourceConfig,
+    TokenStore,
+    clean_cache,
+    open_source,
+    parts,
+    prepare,
+    prepare_static,
+    sources,
+    train_tokenizer,
+)
 from fusiontree.data.splits import all_pieces, hold_out
 from fusiontree.errors import ConfigError, DataError
 
@@ -135,6 +149,22 @@ def test_a_damaged_store_is_refused_and_a_damaged_cache_made_again(jsonl, tokeni
     assert "tokenising again" in caplog.text
 
 
+def test_tokens_that_no_run_opened_for_long_are_removed(jsonl, tokenizer, cache: Path) -> None:
+    old, new, opened = (SourceConfig(path=jsonl(TEXTS[index:], f"{index}.jsonl")) for index in range(3))
+    folders = [open_source(source, tokenizer).folder for source in (old, new, opened)]
+    draft = folders[0].with_name("f" * 32 + ".tmp")  # left by a killed process
+    shutil.copytree(folders[0], draft)
+    for folder in (folders[0], folders[2], draft):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (time.time() - 31 * 86400,) * 2)
+    size = sum(path.stat().st_size for path in folders[0].iterdir())
+    open_source(opened, tokenizer)
+    assert clean_cache(30) == (2, 2 * size)
+    assert sorted((cache / "tokens").iterdir()) == sorted(folders[1:])
+    assert documents(open_source(old, tokenizer)) == TEXTS
+    assert clean_cache(0)[0] == 3 and clean_cache(0, cache / "nowhere") == (0, 0)
+
+
 def test_bad_records_are_remembered_and_judged_at_each_opening(tmp_path: Path, tokenizer) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join('{"text": "x"}\n' for _ in range(9)) + "{\n")
@@ -225,6 +255,59 @@ def test_parts_make_the_same_folder_to_the_byte(many, tokenizer, tmp_path: Path,
     assert not [path for path in tmp_path.iterdir() if "parts." in path.name or "files." in path.name]
 
 
+LARGE = {
+    "lines.jsonl": b"\xef\xbb\xbf"
+    + b"".join(b'{"text": "line %d %s"}\r\n' % (index, b"words " * (index % 9)) for index in range(300))
+    + b'{broken\n{"text": "' + b"x" * 3000 + b'"}\n\n{"text": "the last, without an end"}',
+    "blank.txt": b"\n\n\n".join(b"paragraph %d\nof two lines" % index + b"\n" * (index % 4) for index in range(200)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=LARGE)
+def large(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SourceConfig]:
+    """One file with odd places in it, between two small ones."""
+    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    name = request.param
+    for number, data in enumerate((LARGE[name][:300], LARGE[name], LARGE[name][300:400])):
+        (tmp_path / f"{number}-{name}").write_bytes(data)
+    separator = "\n\n" if name.endswith(".txt") else None
+    return [SourceConfig(path=f"{tmp_path}/*{name}", separator=separator, max_document_bytes=2500)]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes that start at once; that fresh ones work too is seen in `..._to_the_byte[2]`."""
+    monkeypatch.setattr(parts, "get_context", lambda method: get_context("fork"))
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_large_file_is_cut_and_makes_the_same_folder(large, tokenizer, tmp_path, monkeypatch, workers: int) -> None:
+    made = parts.divide(large, tmp_path / "p", "k")
+    assert sum(part.stretch is not None for part in made) > 5 and made[0].stretch is made[-1].stretch is None
+    assert sum(part.size for part in made) == sum(path.stat().st_size for path in sources.expand(large[0]))
+    prepare_static(large, tokenizer, tmp_path / "parts", workers)
+    monkeypatch.setattr(prepare, "divide", lambda *a: [None])
+    whole = prepare_static(large, tokenizer, tmp_path / "whole")
+    assert same_files(tmp_path / "parts", whole.folder)
+    bad = whole.bad_records
+    assert bad.count == (5 if "jsonl" in large[0].path else 0) and bad.documents > 200
+
+
+def test_what_cannot_be_cut_stays_whole(jsonl, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    path = jsonl(TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(Path(path).read_bytes()))
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    whole = [
+        SourceConfig(path=f"{tmp_path}/a.jsonl.gz"),
+        SourceConfig(path=f"{tmp_path}/a.txt"),
+        SourceConfig(path=path, max_samples_per_file=50),
+    ]
+    assert [part.stretch for part in parts.divide(whole, tmp_path / "p", "k")] == [None] * 3
+    assert len(parts.divide([SourceConfig(path=path)], tmp_path / "p", "k")) > 10
+
+
 def test_parts_that_are_done_are_kept_over_an_interruption(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
     made: list[int] = []
     original = parts.make_part
@@ -255,6 +338,7 @@ def test_too_much_that_is_bad_stops_parts_too(many, tokenizer, tmp_path: Path) -
 
 
 @pytest.mark.fault(row=25)
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_is_killed_is_named_and_nothing_hangs(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
     victim = TEXTS[0]
     monkeypatch.setattr(parts, "_work", _die)

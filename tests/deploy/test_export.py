@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusiontree.deploy.export import export_pruned_model
+from fusiontree.deploy.export import export_model, export_pruned_model
 from fusiontree.deploy.loading import load_model
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, identity_of, other_branch, save_plan
 from fusiontree.errors import CheckpointError, FusionTreeError, PlanError
@@ -230,3 +230,18 @@ def test_remote_code_is_never_run(copy: Path, tmp_path: Path) -> None:
     export_pruned_model(copy / "model", copy / "plan.json", copy / "out")
     assert not canary.exists()
     assert not (copy / "out" / "evil.py").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_checkpoint_becomes_a_model_folder(copy: Path, tmp_path: Path, dtype: torch.dtype | None) -> None:
+    """Without a plan: the same model, nothing of its training, in another type if asked for."""
+    (copy / "model/trainer").mkdir()
+    (copy / "model/trainer/state.json").write_text("{}")
+    written = export_model(copy / "model", tmp_path / "out", dtype)
+    before, now = load_model(copy / "model", dtype=dtype), AutoModelForCausalLM.from_pretrained(written)
+    tokens = torch.arange(20).view(1, 20)
+    assert now.dtype == (dtype or torch.float32)
+    torch.testing.assert_close(now(tokens).logits, before(tokens).logits, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(written) and not (written / "trainer").exists()
+    with pytest.raises(CheckpointError, match="folder of its own"):
+        export_model(copy / "model", copy / "model/inside")

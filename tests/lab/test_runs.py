@@ -153,13 +153,13 @@ def told(folder: Path) -> dict[str, Any]:
 def test_a_real_run_says_how_it_ended(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="third"):
-        train(tiny_config(tmp_path, training__steps=4), callbacks=[StateFile(folder / "state.json"), Fails()])
+        train(tiny_config(tmp_path, training__steps=4), callbacks=[Fails()])
     row = only(folder)
     assert (row.state, row.step, row.steps, row.notes) == ("failed", 3, 4, ["the third step is too much"])
     try:
         raise KeyError("trouble of the caller, not of the run")
     except KeyError:
-        train(tiny_config(tmp_path, training__steps=4), callbacks=[StateFile(folder / "state.json")])
+        train(tiny_config(tmp_path, training__steps=4))
     row = only(folder)
     assert (row.state, row.step, row.steps, row.notes) == ("finished", 4, 4, [])
     assert row.best_validation_loss is not None and row.bytes > 100_000

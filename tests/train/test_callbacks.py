@@ -6,15 +6,13 @@ import io
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
-from fusiontree.train.callbacks import Console, Snapshot, TensorBoard, WandB
+from fusiontree.train.callbacks import Console, Snapshot, TensorBoard
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.jsonl import JsonLines
 
@@ -89,18 +87,6 @@ def test_tensorboard_hides_what_an_interrupted_run_wrote_after_its_checkpoint(tm
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {event.step: event.value for event in events.Scalars("loss")} == {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}
-
-
-def test_wandb_continues_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    run = SimpleNamespace(id="abc", finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **named: asked.append(named["id"]) or run))
-    first = WandB("p", "r", {})
-    first.on_start(Snapshot(0, 4, silent))
-    second = WandB("p", "r", {})
-    second.load_state_dict(first.state_dict())
-    second.on_start(Snapshot(2, 4, silent))
-    assert asked == [None, "abc"]
 
 
 def test_signals_are_noticed_once_and_given_back_afterwards(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusiontree.errors import CheckpointError
+from fusiontree.models import manifest
 from fusiontree.train import checkpoint as module
 from fusiontree.train.checkpoint import (
     RunLock,
@@ -126,7 +127,7 @@ def no_space(*_: object, **__: object) -> None:
 
 
 @pytest.mark.fault(row=4)
-@pytest.mark.parametrize("stage", ["fill", "_sync", "_seal", "rename"])
+@pytest.mark.parametrize("stage", ["fill", "sync", "seal", "rename"])
 def test_a_full_disk_names_the_path_and_keeps_the_older_one(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +135,7 @@ def test_a_full_disk_names_the_path_and_keeps_the_older_one(
     if stage == "rename":
         monkeypatch.setattr(os, "rename", no_space)
     elif stage != "fill":
-        monkeypatch.setattr(module, stage, no_space)
+        monkeypatch.setattr(manifest if stage == "sync" else module, stage, no_space)
     with pytest.raises(CheckpointError, match=r"step-00000002: .*No space left on device"):
         write_checkpoint(tmp_path / "checkpoints", 2, no_space if stage == "fill" else fill, {})
     monkeypatch.undo()
@@ -147,7 +148,7 @@ class PowerLoss(BaseException):
 
 
 @pytest.mark.fault(row=1)
-@pytest.mark.parametrize("stage", ["mkdir", "fill", "_seal", "rename", "_sync"])
+@pytest.mark.parametrize("stage", ["mkdir", "fill", "seal", "rename", "sync"])
 def test_whatever_a_kill_leaves_behind_is_not_a_checkpoint(
     tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +158,8 @@ def test_whatever_a_kill_leaves_behind_is_not_a_checkpoint(
         raise PowerLoss
 
     monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # a dead process removes nothing
-    target = {"mkdir": (Path, "mkdir"), "rename": (os, "rename")}.get(stage, (module, stage))
+    places = {"mkdir": (Path, "mkdir"), "rename": (os, "rename"), "sync": (manifest, "sync")}
+    target = places.get(stage, (module, stage))
     if stage != "fill":
         monkeypatch.setattr(*target, die)
     with pytest.raises(PowerLoss):

@@ -25,18 +25,29 @@ from tests.train.tiny import lines, tiny_config
 
 def test_a_run_leaves_everything_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, logging__tensorboard=True, logging__console="plain", training__steps=4)
-    result = train(config, probes={"probe": lambda model: float(model.training)})
+    result = train(config)
     run = tmp_path / "run"
     assert (result.run_dir, result.step, result.interrupted) == (run, 4, False)
     assert result.validation_loss_before == pytest.approx(math.log(258), abs=0.2)
     assert result.validation_loss_after < result.validation_loss_before  # type: ignore[operator]
     assert result.best == {"step": 4, "validation_loss": result.validation_loss_after}
     training = [line for line in lines(run) if "loss" in line]
-    names = {"step", "loss", "lm_loss", "balance_loss", "entropy_loss", "gate_mean", "lr", "grad_norm", "tokens"}
+    names = {
+        "step",
+        "loss",
+        "lm_loss",
+        "balance_loss",
+        "entropy_loss",
+        "gate_mean",
+        "lr",
+        "grad_norm",
+        "spikes",
+        "tokens",
+    }
     assert [set(line) for line in training] == [names] * 4
     assert result.final_loss == training[-1]["loss"]
     measured = [line for line in lines(run) if "validation_loss" in line]
-    assert [line["step"] for line in measured] == [0, 4] and measured[0]["probe"] == 0.0
+    assert [line["step"] for line in measured] == [0, 4]
     assert measured[0]["validation_perplexity"] == pytest.approx(math.exp(measured[0]["validation_loss"]))
     assert [line["step"] for line in lines(run, "gates.jsonl")] == [2, 4]
     assert load_config(run / "config.yaml") == config

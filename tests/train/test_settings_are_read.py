@@ -68,6 +68,13 @@ SEEN_IN_THE_RUN: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SEEN_ELSEWHERE = {
     "training.max_skipped_steps",  # test_engine: bad steps can be skipped
+    "training.spike_factor",  # test_spikes
+    "training.spike_stop",
+    "probes.every",  # test_probes, here and in recipes
+    "probes.perplexity_lengths",
+    "probes.perplexity_tokens",
+    "probes.recall_pairs",
+    "probes.recall_questions",
     "training.compile",
     "training.activation_checkpointing",
     "logging.console",
@@ -179,7 +186,7 @@ def test_the_console_speaks_or_not(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_wandb_gets_the_figures_under_its_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, dict[str, Any]]] = []
-    run = SimpleNamespace(id="1", log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    run = SimpleNamespace(id="1", log=lambda values, step: logged.append((step, values)), finish=lambda exit_code: None)
     asked: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: asked.update(kw) or run))
     monkeypatch.setattr(build, "_require", lambda package, setting: None)

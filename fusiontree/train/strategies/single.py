@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ class SingleProcess:
         """Add the gradients of this process's share of the step's loss, times `scale`; all shares add up."""
         (loss * scale).backward()
 
-    def update(self, max_norm: float, scale: float) -> tuple[Tensor, bool]:
+    def update(self, max_norm: float, scale: float) -> tuple[float, bool]:
         """Scale gradients down to a global L2 norm and update the weights, unless the norm is not finite.
 
         `scale`: what the loss was multiplied by. Gives the norm before, and whether the weights were updated; the
@@ -59,8 +60,8 @@ class SingleProcess:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
-        norm = self._clip(max_norm)
-        finite = bool(torch.isfinite(norm))  # the one wait for the device in a step
+        norm = float(self._clip(max_norm))  # waits for the device
+        finite = math.isfinite(norm)
         if finite:
             self.optimizers.step()
         self.optimizers.zero_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -99,11 +100,10 @@ class DeepSpeedZero(SingleProcess):
             self.engine.optimizer.override_loss_scale(scale)
         self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def update(self, max_norm: float, scale: float) -> tuple[Tensor, bool]:
+    def update(self, max_norm: float, scale: float) -> tuple[float, bool]:
         """DeepSpeed clips, and leaves the weights alone when the norm is not finite."""
         self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
-        return norm, not self.engine.optimizer.overflow
+        return float(self.engine.get_global_grad_norm()), not self.engine.optimizer.overflow
 
     def accumulating(self, last: bool) -> Any:
         """Gradients are divided after each micro-batch; the last one ends the step."""
@@ -128,8 +128,6 @@ class DeepSpeedZero(SingleProcess):
 
     def load_optimizer_state(self, names: list[str], read: Callable[[str], Tensor]) -> None:
         """Each process keeps its part of what it reads; the count of steps is the largest of all weights'."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         parameters, steps = dict(self.model.named_parameters()), 0.0
         for name in names:
             parameter, _, key = name.rpartition("/")
@@ -137,9 +135,20 @@ class DeepSpeedZero(SingleProcess):
             if key == "step":
                 steps = max(steps, float(value))
             else:
-                safe_set_full_optimizer_state(parameters[parameter], value.to(self.device), key)
+                self._set_state(parameters[parameter], key, value.to(self.device))
         for flat in self._flat():
             self.optimizers.members[0].state[flat]["step"].fill_(steps)
+
+    def _set_state(self, parameter: Any, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not self.divides_weights:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Every process has as much of a weight; what the last one has too much is padding.
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.ranks.rank, size), key)
 
     def _flat(self) -> list[Tensor]:
         """DeepSpeed's own fp32 tensors, each a part of many weights, over which the optimizer works."""
