@@ -60,11 +60,15 @@ class LayerActivations:
             return self.branch_input + self.around + self.other_casts
         return self.whole
 
-    def again(self, checkpointing: str) -> int:
-        """Bytes that the backward brings back before it goes through the layer."""
+    def brought_back(self, checkpointing: str) -> int:
+        """Bytes that going backwards through the layer adds: what is computed again, less what is done with by then."""
         if checkpointing == "block":
             return self.whole
-        return self.mixers + self.mixer_casts if checkpointing == "branches" else 0
+        return max(0, self.mixers + self.mixer_casts - self.around) if checkpointing == "branches" else 0
+
+    def forgotten_casts(self, checkpointing: str) -> int:
+        """Bytes of cast weights that the forward makes and the backward will make again."""
+        return {"none": 0, "branches": self.mixer_casts, "block": self.mixer_casts + self.other_casts}[checkpointing]
 
     @property
     def whole(self) -> int:
