@@ -3,13 +3,13 @@
 from fusiontree.deploy.apply import apply_plan
 from fusiontree.deploy.export import ExportResult, export_model, export_pruned_model, verify_export
 from fusiontree.deploy.greedy import make_plan
-from fusiontree.deploy.loading import load_model
 from fusiontree.deploy.measure import RemovalMeasurement, measure_removal
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, load_plan, removals, save_plan
 from fusiontree.deploy.progress import console_progress
 from fusiontree.deploy.propose import GateObservation, observe_gates, propose_from_gates, read_gate_log
 from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.deploy.session import Session
+from fusiontree.models.loading import load_model
 
 __all__ = [
     "ExportResult",

@@ -11,9 +11,10 @@ import torch
 from fusiontree.deploy.apply import apply_plan
 from fusiontree.deploy.files import check_replaceable, new_folder, write_json
 from fusiontree.deploy.fingerprint import model_fingerprint
-from fusiontree.deploy.loading import check_model_folder, copy_tokenizer_files, load_model, weight_files
+from fusiontree.deploy.loading import copy_tokenizer_files
 from fusiontree.deploy.plan import load_plan, removals, save_plan
 from fusiontree.errors import CheckpointError
+from fusiontree.models.loading import check_model_folder, load_model, weight_files
 
 EXPORT_MARK = "export.json"
 PLAN_COPY = "prune_plan.json"

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from fusiontree.deploy.files import one_line, read_json_lines, write_text
+from fusiontree.deploy.files import write_text
 from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.deploy.plan import BRANCHES, Branch
 from fusiontree.deploy.progress import ProgressFn, silent
 from fusiontree.errors import PlanError
+from fusiontree.models.json_files import one_line, read_json_lines
 
 Evaluate = Callable[[Any], float]
 """Model → mean loss (nats per token) on held-out text; must give the same number for the same model."""

@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from fusiontree.deploy.files import one_line, read_json, write_json
+from fusiontree.deploy.files import write_json
 from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.errors import PlanError
+from fusiontree.models.json_files import one_line, read_json
+from fusiontree.models.loading import MAX_LAYERS
 
 MAX_PLAN_BYTES = 8 * 1024 * 1024
-MAX_LAYERS = 4096
 MAX_COUNT = 2**53  # the largest integer every JSON reader keeps exactly
 
 Branch = Literal["mamba", "attention"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fusiontree.deploy.files import one_line, read_json_lines
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, identity_of, other_branch
 from fusiontree.deploy.savings import Saving, branch_savings
 from fusiontree.errors import PlanError
+from fusiontree.models.json_files import one_line, read_json_lines
 
 KEEP_MAMBA_ABOVE = 0.8
 KEEP_ATTENTION_BELOW = 0.2

@@ -8,14 +8,15 @@ import torch
 from typing_extensions import Unpack
 
 from fusiontree.deploy.decoding import Decoding
-from fusiontree.deploy.files import one_line
 from fusiontree.deploy.fingerprint import model_fingerprint
-from fusiontree.deploy.loading import load_model, load_saved_tokenizer
+from fusiontree.deploy.loading import load_saved_tokenizer
 from fusiontree.deploy.sampling import GenerationOptions, Options
 from fusiontree.deploy.session import CACHE_FILE, Session, SessionRecord, load_cache, read_record
 from fusiontree.deploy.text_stream import TextStream
 from fusiontree.errors import CheckpointError, ConfigError
 from fusiontree.models.cache import HybridCache
+from fusiontree.models.json_files import one_line
+from fusiontree.models.loading import load_model
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Unpack
 
 from fusiontree.deploy.decoding import Decoding
-from fusiontree.deploy.files import new_folder, one_line, read_json, write_json
+from fusiontree.deploy.files import new_folder, write_json
 from fusiontree.deploy.sampling import GenerationOptions, Options
 from fusiontree.deploy.text_stream import TextStream
 from fusiontree.errors import CheckpointError
 from fusiontree.models.cache import HybridCache
+from fusiontree.models.json_files import one_line, read_json
 from fusiontree.models.manifest import sha256_of
 
 if TYPE_CHECKING:

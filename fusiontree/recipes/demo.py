@@ -22,12 +22,13 @@ from rich.table import Table
 from fusiontree.data import build_loader, load_tokenizer
 from fusiontree.deploy import InferenceRuntime, console_progress, load_model, propose_from_gates, read_gate_log
 from fusiontree.deploy.export import EXPORT_MARK
-from fusiontree.deploy.files import read_json, read_json_lines, write_json
+from fusiontree.deploy.files import write_json
 from fusiontree.deploy.progress import ProgressFn
 from fusiontree.errors import CheckpointError, ConfigError
 from fusiontree.eval.perplexity import evaluate_loss
 from fusiontree.eval.system import measure_speed
 from fusiontree.lab.report import write_report
+from fusiontree.models.json_files import read_json, read_json_lines
 from fusiontree.recipes.pace import Pace, find_pace
 from fusiontree.recipes.probes import training_probes
 from fusiontree.recipes.slim import SlimResult, healing_config, slim, slim_table

@@ -17,15 +17,17 @@ from rich.table import Table
 
 from fusiontree.deploy.apply import apply_plan
 from fusiontree.deploy.export import EXPORT_MARK, PLAN_COPY, export_pruned_model
-from fusiontree.deploy.files import new_folder, read_json, write_json
+from fusiontree.deploy.files import new_folder, write_json
 from fusiontree.deploy.fingerprint import model_fingerprint
 from fusiontree.deploy.greedy import make_plan
-from fusiontree.deploy.loading import copy_tokenizer_files, load_model, weight_files
+from fusiontree.deploy.loading import copy_tokenizer_files
 from fusiontree.deploy.measure import Evaluate
 from fusiontree.deploy.plan import PrunePlan, load_plan, removals, save_plan
 from fusiontree.deploy.progress import ProgressFn, silent
 from fusiontree.errors import CheckpointError, ConfigError
 from fusiontree.models import HybridLanguageModel
+from fusiontree.models.json_files import read_json
+from fusiontree.models.loading import load_model, weight_files
 from fusiontree.train import RunConfig, latest_checkpoint, train
 
 HEALED_MARK = "healing.json"

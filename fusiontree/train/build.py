@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from fusiontree.data import check_vocabulary, load_tokenizer, tokenizer_hash
 from fusiontree.errors import ConfigError, FusionTreeError
 from fusiontree.models import HybridConfig, HybridLanguageModel
+from fusiontree.models.loading import load_model
 from fusiontree.train.callbacks import Callback, Console, MetricsFile, StateFile, TensorBoard, WandB
 from fusiontree.train.checkpoint import RunLock
 from fusiontree.train.config import RunConfig
@@ -146,17 +146,14 @@ def load_teacher(path: str, tokenizer: Any) -> HybridLanguageModel:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"training.teacher: {path} is not a model folder: config.json is missing")
     try:
-        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         own = tokenizer_hash(load_tokenizer(folder))
-    except (OSError, ValueError, FusionTreeError) as error:
-        raise ConfigError(f"training.teacher: {path}: {error}") from error
-    if kind != HybridConfig.model_type:
-        raise ConfigError(f"training.teacher: {path} is a {kind} model; allowed: {HybridConfig.model_type}")
+        teacher = load_model(folder)
+    except FusionTreeError as error:
+        raise ConfigError(f"training.teacher: {error}") from error
     if own != tokenizer_hash(tokenizer):
         raise ConfigError(
             f"training.teacher: {path} has another tokenizer than the run; their tokens cannot be compared"
         )
-    teacher: HybridLanguageModel = HybridLanguageModel.from_pretrained(folder, local_files_only=True)
     return teacher
 
 

@@ -47,6 +47,12 @@ def latest_checkpoint(run_dir: str | Path, warn: Callable[[str], None] | None = 
     return None
 
 
+def last_good(run_dir: Path) -> str:
+    """The newest finished checkpoint, in words."""
+    finished = list_checkpoints(run_dir / "checkpoints")
+    return str(finished[-1]) if finished else "none yet"
+
+
 def sweep(root: Path) -> None:
     """Remove what a killed save or clean-up left behind."""
     for path in root.glob("step-*.tmp"):

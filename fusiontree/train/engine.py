@@ -27,7 +27,7 @@ from fusiontree.train.build import (
     set_checkpointing,
 )
 from fusiontree.train.callbacks import Callback, Console, Snapshot, is_out_of_memory, memory_gb
-from fusiontree.train.checkpoint import list_checkpoints
+from fusiontree.train.checkpoint import last_good
 from fusiontree.train.config import RunConfig
 from fusiontree.train.interrupt import StopSignals
 from fusiontree.train.jsonl import JsonLines
@@ -359,9 +359,8 @@ class Trainer:
         """Say how it ended and write summary.json."""
         progress, steps = self.progress, self.settings.steps
         if progress.step < steps:
-            self.console.say(
-                f"stopped and saved at step {progress.step} of {steps}; run the same command again to go on"
-            )
+            where = f"step {progress.step} of {steps}"
+            self.console.say(f"stopped and saved at {where}; run the same command again to go on")
         counts = {"parameters": self.strategy.parameters, "spikes": self.spikes.count}
         return self.store.finish(progress, steps, **counts, bad_records=self.loader.bad_records.to_json())
 
@@ -390,12 +389,6 @@ class Trainer:
     def _tell(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*details)
-
-
-def last_good(run_dir: Path) -> str:
-    """The newest finished checkpoint, in words."""
-    finished = list_checkpoints(run_dir / "checkpoints")
-    return str(finished[-1]) if finished else "none yet"
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusiontree.deploy.export import export_model, export_pruned_model
-from fusiontree.deploy.loading import load_model
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, identity_of, other_branch, save_plan
 from fusiontree.errors import CheckpointError, FusionTreeError, PlanError
+from fusiontree.models.loading import load_model
 from tests.deploy.tiny import save_tiny, tiny_model
 
 REMOVED = {0: "attention", 2: "mamba"}

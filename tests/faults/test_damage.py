@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fusiontree.deploy.loading import load_model
 from fusiontree.errors import CheckpointError
+from fusiontree.models.loading import load_model
 from fusiontree.models.manifest import MANIFEST, verify
 from fusiontree.train import latest_checkpoint, train
 from tests.faults.process import call

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from fusiontree.deploy.loading import load_model, load_saved_tokenizer
+from fusiontree.deploy.loading import load_saved_tokenizer
 from fusiontree.deploy.plan import load_plan, removals, save_plan
 from fusiontree.errors import CheckpointError, ConfigError
+from fusiontree.models.loading import load_model
 from fusiontree.recipes.slim import SlimRow, healing_config, slim, slim_table
 from fusiontree.train import RunConfig, latest_checkpoint, train
 
