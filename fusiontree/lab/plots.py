@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fusiontree.lab.canvas import COLOURS, GATE_COLOURS, HEIGHT, LABELS, STYLE, new_axes, smooth
-from fusiontree.lab.run_folder import Row, RunFolder, number, series
+from fusiontree.lab.run_folder import Row, RunFolder, number, probe_series, series
 
 TIME_COLUMNS = 300  # more columns than a heat map of this width can show would only make the page heavy
 
@@ -22,6 +22,8 @@ def draw(run: RunFolder) -> dict[str, Figure]:
         "learning_rate": _learning_rate,
         "throughput": _throughput,
         "gradient_norm": _gradient_norm,
+        "perplexity": _perplexity,
+        "recall": _recall,
         "healing": _healing,
         "gate_heatmap": _gate_heatmap,
         "gate_distribution": _gate_distribution,
@@ -97,6 +99,37 @@ def _throughput(run: RunFolder) -> Figure | None:
 
 def _gradient_norm(run: RunFolder) -> Figure | None:
     return _line(run, "grad_norm", "gradient norm", noisy=True)
+
+
+def _probe(run: RunFolder, name: str, label: str, unit: str) -> Figure | None:
+    """One curve per number in the probe's figures, the larger the darker."""
+    found = probe_series(run.probes, name)
+    if not found:
+        return None
+    figure, axes = new_axes()
+    for place, (number_of, (steps, values)) in enumerate(found.items(), 1):
+        strength = 0.25 + 0.75 * place / len(found)
+        axes.plot(
+            steps, values, "o-", color=COLOURS["accent"], alpha=strength, markersize=3.2, linewidth=1.4,
+            label=f"{number_of:,} {unit}",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel=label)
+    axes.legend(loc="best")
+    return figure
+
+
+def _perplexity(run: RunFolder) -> Figure | None:
+    figure = _probe(run, "perplexity", "perplexity", "tokens")
+    if figure is not None:
+        figure.axes[0].set_yscale("log")
+    return figure
+
+
+def _recall(run: RunFolder) -> Figure | None:
+    figure = _probe(run, "recall", "share found", "pairs")
+    if figure is not None:
+        figure.axes[0].set_ylim(-0.03, 1.03)
+    return figure
 
 
 def _layer_table(run: RunFolder, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from fusiontree.lab.run_folder import RunFolder, read_run
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 PARTS = ("config.yaml", "metrics.jsonl", "gates.jsonl", "plan.json", "slim.json")  # any of them makes a run folder
 LEARNING = ["loss", "learning_rate", "throughput", "gradient_norm"]
+PROBES = ["perplexity", "recall"]
 GATES = ["gate_heatmap", "gate_distribution", "gate_by_class", "branch_norms", "branch_norms_by_layer"]
 
 
@@ -82,6 +83,8 @@ def _page(run: RunFolder, svgs: dict[str, str]) -> str:
         sections.head(run, parameters),
         sections.before_after(run, svgs),
         sections.pictures("Learning", "", LEARNING, svgs, "No curves: <code>metrics.jsonl</code> has no usable line."),
+        sections.spike_list(run),
+        sections.pictures("Probes", "", PROBES, svgs, "No probes: <code>probes.every</code> was not set."),
         sections.pictures("Gates", "", GATES, svgs, "No gate pictures: <code>gates.jsonl</code> has no usable line."),
         sections.alarm_list(run),
         sections.prune_plan(run.plan),

@@ -16,6 +16,7 @@ from fusiontree.deploy.plan import MAX_LAYERS, PrunePlan, load_plan
 from fusiontree.errors import DataError, PlanError
 
 Row = dict[str, Any]
+PROBES = ("perplexity/", "recall/")  # how the names of their figures begin
 
 
 @dataclass
@@ -25,8 +26,11 @@ class RunFolder:
     path: Path
     training: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
+    probes: list[Row] = field(default_factory=list)
+    spikes: list[Row] = field(default_factory=list)
     gates: list[Row] = field(default_factory=list)
     summary: Row = field(default_factory=dict)
+    state: Row = field(default_factory=dict)  # how the run ended, in its own words
     model: Row = field(default_factory=dict)
     model_folder: Path | None = None  # the newest checkpoint with a readable config.json, which `model` is from
     plan: PrunePlan | None = None
@@ -47,8 +51,11 @@ def read_run(run_dir: str | Path) -> RunFolder:
     metrics = _read_lines(run, "metrics.jsonl")
     run.training = _by_step([row for row in metrics if "loss" in row])
     run.validation = _by_step([row for row in metrics if "validation_loss" in row])
+    run.probes = _by_step([row for row in metrics if any(key.startswith(PROBES) for key in row)])
+    run.spikes = _by_step(_read_lines(run, "spikes.jsonl"))
     run.gates = _by_step(_gate_records(_read_lines(run, "gates.jsonl")))
     run.summary = _read_object(run, "summary.json")
+    run.state = _read_object(run, "state.json")
     run.plan = _read_plan(run)
     run.slim = _rows(_read_json(run, "slim.json"), "rows")
     run.healing = _by_step([row for row in _read_lines(run, "healing/metrics.jsonl") if "loss" in row])
@@ -71,6 +78,14 @@ def series(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(number(row, "step"), number(row, key)) for row in rows]
     kept = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=float).reshape(-1, 2)
     return kept[:, 0], kept[:, 1]
+
+
+def probe_series(rows: list[Row], probe: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Number in the figure's name (a length, a number of pairs) -> steps and values, smallest number first."""
+    names = {key for row in rows for key in row if key.startswith(f"{probe}/")}
+    numbers = sorted(int(name) for key in names if (name := key.rpartition("/")[2]).isdecimal())
+    found = {value: series(rows, f"{probe}/{value}") for value in numbers}
+    return {value: pair for value, pair in found.items() if len(pair[0])}
 
 
 def alarms(gates: list[Row]) -> list[Row]:

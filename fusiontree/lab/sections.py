@@ -8,12 +8,15 @@ from fusiontree.deploy.plan import BRANCHES, LayerPlan, PrunePlan
 from fusiontree.lab.markup import ABSENT, absent, bar, duration, esc, fixed, scaled, section, table, tag
 from fusiontree.lab.run_folder import Row, RunFolder, alarms, number, series
 
+SPIKES, DOCUMENTS = 20, 4  # rows of the table of spikes, and names of documents in each
 NAMES = {"mamba": "Mamba", "attention": "attention", "both": "both"}
 FIGURES = {
     "loss": ("Loss", "Cross entropy of the next token. Pale: every step; blue: running mean; green: held-out text."),
     "learning_rate": ("Learning rate", "Warm-up, then decay."),
     "throughput": ("Throughput", "Training tokens per second."),
     "gradient_norm": ("Gradient norm", "Before clipping. Spikes point at instability."),
+    "perplexity": ("Perplexity by context", "The same held-out text in rows of each length."),
+    "recall": ("Recall", "Share of values that the model finds again by their keys, among so many pairs."),
     "gate_heatmap": ("Gates while training", "Mean gate of each layer. Orange leans on attention, green on Mamba."),
     "gate_distribution": ("Gates at the end", "How often each gate value occurs; dot: mean, line: 5% to 95%."),
     "gate_by_class": ("Gates by kind of token", "Mean gate of each layer at the end, on each kind of token."),
@@ -46,7 +49,9 @@ def head(run: RunFolder, parameters: int | None) -> str:
     if not math.isnan(number(last, "elapsed")):
         trained.append(duration(number(last, "elapsed")))
     sentence = "Trained for " + ", ".join(trained) + "." if trained else "Not trained yet."
-    if run.summary.get("interrupted") is True:
+    if run.state.get("state") == "failed":
+        sentence += f" Failed: {esc(run.state.get('error', 'no reason is known'))}"
+    elif run.summary.get("interrupted") is True:
         sentence += " Interrupted: training again in this folder goes on from here."
     tiles = "".join(_tile(*tile) for tile in _tiles(run, parameters))
     title = f'<p class="eyebrow">FusionTree run</p><h1>{esc(run.path.resolve().name)}</h1>'
@@ -167,6 +172,27 @@ def alarm_list(run: RunFolder) -> str:
         lines = "".join(tag("p", f"{esc(alarm.get('message', ''))} {_when(alarm)}") for alarm in members)
         items += tag("li", f"<b>{esc(kind)}</b>{lines}" + tag("p", esc(advice), "advice"))
     return section("Alarms", "Raised by the gate monitor while training.", tag("ul", items, "alarms"))
+
+
+def spike_list(run: RunFolder) -> str:
+    """Steps whose loss stood out, with the text that was in them; nothing where there were none."""
+    if not run.spikes:
+        return ""
+    rows = []
+    for row in run.spikes[:SPIKES]:
+        documents = row.get("documents")
+        places = [str(place) for place in documents] if isinstance(documents, list) else []
+        times = number(row, "loss") / number(row, "usual_loss") if number(row, "usual_loss") else math.nan
+        more = f" and {len(places) - DOCUMENTS:,} more" if len(places) > DOCUMENTS else ""
+        figures = [fixed(number(row, "loss")), fixed(number(row, "usual_loss")), fixed(times, 1)]
+        norms = [fixed(number(row, "grad_norm"), 2), fixed(number(row, "usual_grad_norm"), 2)]
+        rows.append([f"{int(number(row, 'step')):,}", *figures, *norms, esc(", ".join(places[:DOCUMENTS])) + more])
+    heads = ["Step", "Loss", "Usual loss", "Times", "Gradient norm", "Usual norm", "Text of the step"]
+    lead = "Steps whose loss stood far above the usual. All of their text is named in <code>spikes.jsonl</code>."
+    body = table(heads, rows, "plan")
+    if len(run.spikes) > SPIKES:
+        body += tag("p", f"{len(run.spikes) - SPIKES:,} more are in <code>spikes.jsonl</code>.")
+    return section("Loss spikes", lead, body)
 
 
 def _when(alarm: Row) -> str:

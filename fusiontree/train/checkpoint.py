@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import safetensors
 from fusiontree.errors import CheckpointError
 from fusiontree.models.manifest import seal, sync, verify
 
+GLANCE = 0.5  # seconds a lock may be held by `fusiontree runs`, which only looks whether it is free
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -114,12 +116,17 @@ class RunLock(contextlib.AbstractContextManager["RunLock"]):
         import fcntl
 
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self.descriptor)
-            raise CheckpointError(f"{self.path.parent}: another process is training in this run folder") from error
-        return self
+        until = time.monotonic() + GLANCE
+        while True:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    os.close(self.descriptor)
+                    folder = self.path.parent
+                    raise CheckpointError(f"{folder}: another process is training in this run folder") from error
+            time.sleep(GLANCE / 20)
 
     def __exit__(self, *details: object) -> None:
         os.close(self.descriptor)

@@ -41,6 +41,7 @@ def write_fake_run(folder: Path, layers: int = LAYERS, steps: int = STEPS) -> Pa
     _dump(checkpoint / "config.json", MODEL | {"num_hidden_layers": layers})
     _dump_lines(folder / "metrics.jsonl", metrics(random, steps))
     _dump_lines(folder / "gates.jsonl", [gate_record(random, step, steps, layers) for step in range(0, steps + 1, 20)])
+    _dump_lines(folder / "spikes.jsonl", [spike(step) for step in range(300, 500, 9)])
     _dump(folder / "plan.json", plan(random, layers))
     _dump(folder / "slim.json", {"settings": {}, "rows": SLIM_ROWS})
     _dump(folder / "samples.json", {"samples": SAMPLES})
@@ -66,6 +67,7 @@ def metrics(random: np.random.Generator, steps: int) -> list[dict]:
         rows.append(row | {"tokens": step * 4096, "tokens_per_second": rate, "elapsed": step * 4096 / 8600})
         if step % 100 == 0:
             rows.append(validation(step, smooth + 0.08))
+            rows.append(probe(step, smooth, t))
     return [validation(0, 8.41), *rows]
 
 
@@ -76,6 +78,17 @@ def healing(random: np.random.Generator) -> list[dict]:
 
 def validation(step: int, loss: float) -> dict:
     return {"step": step, "validation_loss": loss, "validation_perplexity": float(np.exp(loss))}
+
+
+def probe(step: int, loss: float, t: float) -> dict:
+    lengths = {f"perplexity/{length}": float(np.exp(loss + 20 / length)) for length in (128, 512, 2048)}
+    return {"step": step} | lengths | {f"recall/{pairs}": t * 4 / (pairs + 1) for pairs in (4, 16, 64)}
+
+
+def spike(step: int) -> dict:
+    documents = [f"/data/<web>.jsonl:{line}" for line in range(40, 47)]
+    figures = {"loss": 11.25, "usual_loss": 4.5, "grad_norm": 31.0, "usual_grad_norm": 0.5}
+    return {"step": step, **figures, "samples": [8 * step, 8 * step + 1], "documents": documents}
 
 
 def gate_record(random: np.random.Generator, step: int, steps: int, layers: int) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from fusiontree.errors import DataError
 from fusiontree.lab import report, sections
 from fusiontree.lab.markup import duration, fixed, scaled
-from fusiontree.lab.run_folder import alarms, read_run, series
+from fusiontree.lab.run_folder import alarms, probe_series, read_run, series
 from tests.lab.fake_run import LAYERS, write_fake_run
 
 VOID = {"meta", "br", "link", "img"}
@@ -56,9 +56,10 @@ def page(run_dir) -> str:
 
 def test_the_page_is_whole_and_holds_every_part(page, run_dir):
     parsed = Balanced(page)
-    for part in ("Before and after pruning", "Learning", "Gates", "Alarms", "Prune plan", "What it writes", "Model"):
+    parts = "Before and after pruning|Learning|Loss spikes|Probes|Gates|Alarms|Prune plan|What it writes|Model"
+    for part in parts.split("|"):
         assert part in parsed.text
-    assert page.count("<svg") == len(sections.FIGURES) == 10
+    assert page.count("<svg") == len(sections.FIGURES) == 12
     assert len(parsed.ids) == len(set(parsed.ids))
     assert {path.stem for path in (run_dir / "plots").glob("*.png")} == set(sections.FIGURES)
     assert "absent" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
@@ -109,7 +110,9 @@ def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path):
     assert not (tmp_path / "plots").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "gates.jsonl", "plan.json", "slim.json", "samples.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "gates.jsonl", "spikes.jsonl", "plan.json", "slim.json", "samples.json"]
+)
 @pytest.mark.parametrize("content", ["[1, 2", '{"layers": [{"layer": "x"}], "rows": 3}', "\0\n[]\n3\n", "[" * 100_000])
 def test_damaged_files_are_left_out_not_fatal(tmp_path, name, content):
     write_fake_run(tmp_path, layers=2, steps=100)
@@ -117,6 +120,30 @@ def test_damaged_files_are_left_out_not_fatal(tmp_path, name, content):
     run = read_run(tmp_path)
     run.model = {}
     Balanced(report._page(run, report._draw(run)))
+
+
+def test_spikes_stand_with_their_text(page):
+    text = Balanced(page).text
+    assert "/data/<web>.jsonl:40, /data/<web>.jsonl:41, /data/<web>.jsonl:42, /data/<web>.jsonl:43 and 3 more" in text
+    assert "2.5" in text and "3 more are in spikes.jsonl" in text
+
+
+def test_a_run_without_spikes_and_probes_says_little_of_them(tmp_path):
+    write_fake_run(tmp_path, layers=2, steps=100)
+    (tmp_path / "spikes.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
+    (tmp_path / "state.json").write_text('{"state": "failed", "error": "step 2: <out> of memory"}', encoding="utf-8")
+    text = Balanced(report.write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "Loss spikes" not in text and "No probes: probes.every was not set." in text
+    assert "Failed: step 2: <out> of memory" in text
+
+
+def test_probes_are_curves_by_number(tmp_path):
+    rows = [{"step": 0, "recall/4": 0.0, "recall/16": None, "recall/odd": 1.0}, {"step": 5, "recall/4": 0.5}]
+    found = probe_series(rows, "recall")
+    assert {number: (steps.tolist(), values.tolist()) for number, (steps, values) in found.items()} == {
+        4: ([0, 5], [0.0, 0.5])
+    }
 
 
 def test_a_damaged_plan_is_named_with_its_reason(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusiontree.errors import CheckpointError
+from fusiontree.lab.runs import is_locked
 from fusiontree.models import manifest
 from fusiontree.train import checkpoint as module
 from fusiontree.train.checkpoint import (
@@ -195,3 +198,16 @@ def test_a_run_folder_has_one_trainer_at_a_time(tmp_path: Path) -> None:
         pass
     with RunLock(tmp_path):
         pass
+
+
+def test_somebody_who_only_looks_does_not_keep_a_trainer_out(tmp_path: Path) -> None:
+    """`fusiontree runs` holds the lock for a moment to see whether it is free."""
+    (tmp_path / ".lock").touch()
+    descriptor = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    timer = threading.Timer(0.1, os.close, [descriptor])
+    timer.start()
+    with RunLock(tmp_path):
+        assert is_locked(tmp_path)
+    timer.join()
+    assert not is_locked(tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusiontree import HybridConfig, HybridLanguageModel
 from fusiontree.train.config import LossSection
-from fusiontree.train.losses import HybridModelLoss, distillation, gate_decidedness, phase_at, target_mask
+from fusiontree.train.losses import HybridModelLoss, Share, distillation, gate_decidedness, phase_at, target_mask
 
 
 def settings(**values: float) -> LossSection:
@@ -121,6 +121,28 @@ def test_distillation_is_averaged_by_tokens() -> None:
     expected = 9 * per_token[mask].mean()
     assert distillation(student, teacher, mask, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
     assert distillation(student, student, mask, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_of_unequal_padded_batches_by_hand() -> None:
+    """At temperature 2 a teacher with logits (2 ln 3, 0) says 3/4 and 1/4; the student says 1/2 and 1/2.
+
+    KL = 3/4 ln(3/2) + 1/4 ln(1/2) = 0.130812 a token, times 2² = 0.523248. Three of the four targets in both batches
+    have such a teacher, one has the student itself; what the teacher says at padding must not count.
+    """
+    agrees, differs, padding = [0.0, 0.0], [2 * math.log(3), 0.0], [50.0, -50.0]
+    loss = HybridModelLoss(settings(distill_weight=1.0, balance_weight=0.0), distill=True)
+    total = 0.0
+    for teacher, mask in (
+        ([[differs, differs, agrees, padding, padding]], [[1, 1, 1, 1, 0]]),  # 3 targets; the last token predicts none
+        ([[differs, padding, padding], [padding, padding, padding]], [[1, 1, 0], [1, 0, 0]]),  # 1 target
+    ):
+        attention = torch.tensor(mask)
+        labels = torch.where(attention == 1, 1, -100)
+        data = {"input_ids": attention, "labels": labels, "attention_mask": attention}
+        share = Share(targets=int(target_mask(data).sum()) / 4)
+        out = SimpleNamespace(loss=torch.tensor(0.0), logits=torch.zeros(*attention.shape, 2))
+        total += loss(out, data, "balance", torch.tensor(teacher), share)["distill_loss"].item()
+    assert total == pytest.approx(3 / 4 * 0.523248, rel=1e-5)
 
 
 def test_targets_stop_at_document_boundaries() -> None:
