@@ -1,4 +1,4 @@
-"""What a model costs, counted from its config alone: parameters, FLOPs, bytes of weights, states and training.
+"""What a model costs, counted from its config alone: parameters, FLOPs, bytes of weights and states.
 
 FLOPs are of one forward over `length` tokens, a multiply and an add being two; attention counts only the keys that a
 query may see.
@@ -41,7 +41,6 @@ class Accounting:
     flops: dict[str, float]  # part → forward FLOPs per token
     state_bytes: dict[str, int]  # ssm, conv, local_kv, global_kv, progress → bytes a cache holds after `length` tokens
     fp32_parameters: int  # A_log, dt_bias and D: fp32 whatever the weights' dtype
-    activation_bytes: int  # kept for the backward of one batch, roughly: fp32, nothing recomputed
     per_layer: list[LayerAccount]
 
     @property
@@ -57,29 +56,17 @@ class Accounting:
         """Bytes of the weights in a dtype of `dtype_bytes`."""
         return self.total_parameters * dtype_bytes + self.fp32_parameters * (4 - dtype_bytes)
 
-    @property
-    def training_parts(self) -> dict[str, int]:
-        """Bytes of training in fp32: weights, gradients, AdamW's two moments, and roughly the activations."""
-        each = self.total_parameters * 4
-        return {"weights": each, "gradients": each, "optimizer": 2 * each, "activations": self.activation_bytes}
-
-    @property
-    def training_bytes(self) -> int:
-        """Bytes of weights, gradients and AdamW in fp32; `activation_bytes` come on top and depend on the batch."""
-        return 16 * self.total_parameters
-
 
 def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype_bytes: int = 4) -> Accounting:
     """Count `config` for `batch_size` rows of `length` tokens; `dtype_bytes` is the size of a cached value."""
     layers = []
-    parameters, flops, activations = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0)), 0
+    parameters, flops = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0))
     for i, spec in enumerate(config.layer_specs):
         own, work = _layer_parameters(config, spec), _layer_flops(config, spec, length)
         states = _layer_states(config, spec, length, batch_size, dtype_bytes)
         layers.append(LayerAccount(i, spec.block, spec.mixers, dict(own), sum(work.values()), states))
         parameters.update(own)
         flops.update(work)
-        activations += _layer_activations(config, spec)
     vocabulary = config.vocab_size * config.hidden_size
     parameters["embedding"] = vocabulary
     parameters["lm_head"] = 0 if config.tie_word_embeddings else vocabulary
@@ -99,7 +86,6 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
         flops=dict(flops),
         state_bytes={**states, "progress": _PROGRESS_BYTES * batch_size},
         fp32_parameters=3 * config.mamba_num_heads * mamba_layers,
-        activation_bytes=4 * batch_size * length * (activations + config.hidden_size + 2 * config.vocab_size),
         per_layer=layers,
     )
 
@@ -216,17 +202,3 @@ def _kv_heads(config: HybridConfig, first: int, end: int) -> int:
     """Key/value heads that query heads first … end - 1 use; one that serves global and local heads is held twice."""
     shares = config.num_attention_heads // config.num_key_value_heads
     return (end - 1) // shares - first // shares + 1 if end > first else 0
-
-
-def _layer_activations(config: HybridConfig, spec: LayerSpec) -> int:
-    """Numbers per token that the backward needs: each product's input and result, and the chunk scores of the scan."""
-    hidden, inner = config.hidden_size, config.mamba_inner_size
-    total = 4 * hidden
-    if "mamba" in spec.mixers:
-        total += 4 * inner + 3 * mamba_channels(config) + 2 * config.mamba_chunk_size * config.mamba_num_heads
-    if "attention" in spec.mixers:
-        total += (4 * config.num_attention_heads + 3 * config.num_key_value_heads) * config.head_dim
-    if spec.block == "hybrid":
-        total += 2 * hidden * len(spec.mixers) + 6 * hidden + 2 * config.gate_rank
-    factor = {"mlp": 2, "swiglu": 4, "none": 0}[config.mlp_type]
-    return total + factor * config.intermediate_size
