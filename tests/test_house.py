@@ -209,7 +209,7 @@ def test_settings_named_in_the_documents_exist() -> None:
 
     for path in DOCUMENTS:
         for name in re.findall(
-            r"`((?:training|gate_monitor|logging|system|model)\.[a-z_.]+)`", path.read_text("utf-8")
+            r"`((?:training|gate_monitor|probes|logging|system|model)\.[a-z_.]+)`", path.read_text("utf-8")
         ):
             section, _, rest = name.partition(".")
             fields = RunConfig.model_fields[section].annotation.model_fields if section != "model" else None

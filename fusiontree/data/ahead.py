@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import current_thread
 from typing import Generic, TypeVar
 
 Request = TypeVar("Request", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 2
+WORKER = "loader worker"
 
 
 class Ahead(Generic[Request, Result]):
@@ -34,11 +36,17 @@ def prepared_by(workers: int, make: Callable[[Request], Result]) -> Iterator[Cal
     if workers == 0:
         yield lambda wanted: make(wanted[0])
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="fusiontree-data") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix=WORKER) as pool:
         try:
             yield Ahead(make, pool)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def worker_name() -> str:
+    """What the running thread is called in messages."""
+    name = current_thread().name
+    return name.replace("_", " ") if name.startswith(WORKER) else "loader"
 
 
 def alongside(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:

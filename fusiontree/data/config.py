@@ -16,6 +16,7 @@ WITHOUT_EFFECT = {
         "min_length",
         "max_samples_per_file",
         "max_document_bytes",
+        "invalid_text",
     ),
     "streaming": ("separator", "max_samples_per_file"),
 }
@@ -53,6 +54,8 @@ class SourceConfig(StrictModel):
     """Only the first so many usable documents of each file."""
     max_document_bytes: int = Field(10_000_000, ge=1)
     """Bytes in the file of one document (a whole JSONL line); longer ones are bad records and never held in memory."""
+    invalid_text: Literal["skip", "replace"] = "skip"
+    """Bytes that are not UTF-8, halves of surrogate pairs: the document is a bad record, or mended with U+FFFD."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """More bad records than this is an error; a handful is tolerated in small sources unless this is 0."""
 
@@ -107,6 +110,8 @@ class DataConfig(StrictModel):
     """Order of documents and rows; none: the seed of the run."""
     num_workers: int = Field(0, ge=0)
     """Threads that prepare batches ahead; 0 prepares each when it is asked for. Never changes the batches."""
+    allow_changed: bool = Field(False, exclude=True)
+    """Go on at the same position although the text is another than when the run was saved; is not itself saved."""
     cache_dir: str | None = None
     """Folder of tokenised text; none: $FUSIONTREE_CACHE, else fusiontree/ in the user's cache folder."""
 

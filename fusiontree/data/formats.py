@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 from fusiontree.data.config import SourceConfig
 from fusiontree.data.records import (
     LINE_END,
+    Errors,
     RecordError,
     Section,
     decode,
@@ -96,15 +97,15 @@ def open_sections(
         raise DataError(f"{path}: cannot be read after line {line}: {reason}") from error
 
 
-def parse(form: Format, section: Section, text_field: str) -> str:
+def parse(form: Format, section: Section, text_field: str, errors: Errors = "strict") -> str:
     """The document in a record. Raises RecordError."""
     if form.kind == "jsonl":
-        return parse_jsonl(section, text_field)
+        return parse_jsonl(section, text_field, errors)
     if form.kind == "text":
-        return parse_text(section)
+        return parse_text(section, errors)
     if section.data is None:
         raise RecordError(f'field "{text_field}" is null')
-    return decode(section)
+    return decode(section, errors)
 
 
 @contextmanager

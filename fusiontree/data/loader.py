@@ -6,11 +6,12 @@ curriculum, equal parts of blocks: sample i of length L is tokens [i L, (i + 1) 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusiontree.data.ahead import prepared_by
+from fusiontree.data.ahead import prepared_by, worker_name
 from fusiontree.data.batch import FILLER, Batch, collate
 from fusiontree.data.config import DataConfig
 from fusiontree.data.mixture import Interleave, Mixture, Place
@@ -19,8 +20,9 @@ from fusiontree.data.rows import Part, Reader
 from fusiontree.data.shuffle import make_key
 from fusiontree.data.splits import Split
 from fusiontree.data.streaming import StreamRows
-from fusiontree.errors import ConfigError, DataError
+from fusiontree.errors import ConfigError, DataError, FusionTreeError
 
+logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 VALIDATION_ORDER = 0
 FOLLOWED = ("split", "sequence_length", "packing", "seed", "fingerprint")
@@ -84,7 +86,7 @@ class Loader:
         )
         self.tokens_per_epoch = facts.tokens
         """Tokens of all sources but streams, each document counted once."""
-        self._bad_records = facts.bad_records
+        self._bad_records, self._allow_changed = facts.bad_records, config.allow_changed
         self.fingerprint = facts.fingerprint
         """Changes when the text, the tokenizer, the held-out part, the weights or what is synthetic change."""
         self._position = 0
@@ -162,10 +164,10 @@ class Loader:
             **({"streams": self._stream_states()} if self._streams else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any], allow_changed_data: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader stood. Raises DataError when the next batch would be another than the one due.
 
-        `allow_changed_data` takes over the position although the text, the order or the cutting is another.
+        With `data.allow_changed` the position is taken over although the text is another.
         """
         position: Any = state.get("position")
         length: Any = state.get("row_length", state.get("sequence_length"))
@@ -173,16 +175,26 @@ class Loader:
         if state.get("version") != STATE_VERSION or not whole or position < 0 or length < 1:
             raise DataError(f"data position: not a loader state of version {STATE_VERSION} with a position from 0")
         for name, now in self._identity().items():
-            if state.get(name) != now and not allow_changed_data:
-                raise DataError(
-                    f"data position: {_said(name)} was {state.get(name)} when it was saved and is {now} now; "
-                    "start a new run, or undo the change"
-                )
+            if state.get(name) != now:
+                self._refuse(name, state.get(name), now, position)
         if state.get("sequence_length") == self._block:
             position = self._converted(position, length, self._shape.sequence_length)
         self._position = position
         for source, reader in self._streams.items():
             reader.restore(self._stream_row(source), _stream_state(state, source))
+
+    def _refuse(self, name: str, before: Any, now: Any, position: int) -> None:
+        if name != "fingerprint":
+            raise DataError(
+                f"data position: {name} was {before} when it was saved and is {now} now; undo the change, or start a "
+                "new run"
+            )
+        if not self._allow_changed:
+            raise DataError(
+                f"data position: the text, tokenizer or mixture changed since it was saved (fingerprint {before}, now "
+                f"{now}); undo the change, start a new run, or go on at the same position with data.allow_changed: true"
+            )
+        logger.warning("the text, tokenizer or mixture changed; going on at sample %d as asked", position)
 
     def _stream_states(self) -> dict[str, Any]:
         return {str(number): reader.state_at(self._stream_row(number)) for number, reader in self._streams.items()}
@@ -215,12 +227,23 @@ class Loader:
             rows = min(rows, -(-(end - position) // shape.world_size))
         first = position + shape.rank * rows
         samples = [sample if end is None or sample < end else FILLER for sample in range(first, first + rows)]
-        documents = [self._tokens(sample, shape.sequence_length) if sample != FILLER else [] for sample in samples]
+        documents = [self._tokens(sample, shape.sequence_length) for sample in samples]
         return collate(documents, samples, shape.sequence_length, self._pad, self._packing)
 
     def _tokens(self, sample: int, length: int) -> list[Any]:
+        """Documents of a sample. Raises DataError that names worker, sample and text, whatever went wrong."""
+        if sample == FILLER:
+            return []
         place, part = self._place(sample, length)
-        return self._readers[place.source].read(place.row, place.turn, part)
+        reader = self._readers[place.source]
+        try:
+            return reader.read(place.row, place.turn, part)
+        except MemoryError:
+            raise
+        except Exception as error:  # in a thread of its own, so that the place would be lost with the traceback
+            reason = str(error) if isinstance(error, FusionTreeError) else f"{type(error).__name__}: {error}"
+            origins = reader.origins(place.row, place.turn, part)
+            raise DataError(f"{worker_name()}, sample {sample} ({origins[0]} to {origins[-1]}): {reason}") from error
 
     def _place(self, sample: int, length: int) -> tuple[Place, Part]:
         parts = self._block // length
@@ -229,7 +252,7 @@ class Loader:
 
     def _check_size(self) -> None:
         shape = self._shape
-        if self._endless and self.samples_per_epoch < shape.global_batch:
+        if self._endless and not self._streams and self.samples_per_epoch < shape.global_batch:
             raise DataError(
                 f"data.train: {self.tokens_per_epoch} tokens make {self.samples_per_epoch} rows of up to "
                 f"{shape.sequence_length}, fewer than one step needs (batch size {shape.batch_size} × "
@@ -242,7 +265,3 @@ def _stream_state(state: dict[str, Any], source: int) -> dict[str, Any]:
     if saved is None:
         raise DataError("data position: the state says nothing of a streaming source; start a new run")
     return saved
-
-
-def _said(name: str) -> str:
-    return "the text, tokenizer or mixture (fingerprint)" if name == "fingerprint" else name

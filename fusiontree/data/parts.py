@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -25,17 +21,14 @@ from fusiontree.data.config import SourceConfig
 from fusiontree.data.formats import format_of, separator_of
 from fusiontree.data.locks import locked
 from fusiontree.data.progress import byte_progress
-from fusiontree.data.records import BadRecords
+from fusiontree.data.records import BadRecords, Document
 from fusiontree.data.sources import expand, read_files
 from fusiontree.data.store import StoreWriter, TokenStore
 from fusiontree.data.stretches import Stretch, cut
 from fusiontree.data.tokenizer import tokenise, tokenizer_hash
-from fusiontree.errors import DataError
+from fusiontree.data.workers import Advance, At, in_processes
 
 PART_BYTES = 16 << 20
-POLL_SECONDS = 0.5
-Advance = Callable[[int], None]
-_shared: dict[str, Any] = {}
 
 
 class Part(NamedTuple):
@@ -100,44 +93,29 @@ def make_parts(
     """Make the parts that are not there yet. Raises DataError when one cannot be made or a worker dies."""
     missing = [part for part in parts if not _is_done(part)]
     advance(sum(part.size for part in parts) - sum(part.size for part in missing))
+    work = partial(make_part, tuple(sources), tokenizer)
     try:
         if workers > 1:
-            _make_at_once(missing, sources, tokenizer, workers, advance)
+            in_processes(work, missing, workers, advance)
             return
         for part in missing:
-            make_part(part, sources[part.source], tokenizer, advance)
+            work(part, advance, lambda place: None)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again: it keeps the parts that are done") from None
 
 
-def _make_at_once(
-    missing: Sequence[Part], sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, workers: int,
-    advance: Advance,
-) -> None:  # fmt: skip
-    context = get_context("spawn")  # a forked child would inherit the locks of the tokenizer's threads
-    done, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, done, stop)) as pool:
-        try:
-            _follow([pool.submit(_work, part, sources[part.source]) for part in missing], done, advance)
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process died; run the same command again: it keeps the parts that are done"
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def make_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance) -> None:
+def make_part(
+    sources: Sequence[SourceConfig], tokenizer: PreTrainedTokenizerFast, part: Part, advance: Advance, at: At
+) -> None:
     """Tokenise a part unless it is there; one without a document leaves only its account of bad records."""
     with locked(part.folder):  # a killed run's worker may still be at it
         if not _is_done(part):
-            _write_part(part, source, tokenizer, advance)
+            _write_part(part, sources[part.source], tokenizer, advance, at)
 
 
-def _write_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance) -> None:
+def _write_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, advance: Advance, at: At) -> None:
     bad = BadRecords()
-    documents = read_files(part.files, source, bad, advance, part.stretch)
+    documents = _said(read_files(part.files, source, bad, advance, part.stretch), at)
     with StoreWriter(part.folder, max(tokenizer.get_vocab().values()) + 1) as writer:
         for document, ids in tokenise(documents, tokenizer):
             writer.append(document, ids)
@@ -148,6 +126,12 @@ def _write_part(part: Part, source: SourceConfig, tokenizer: PreTrainedTokenizer
         draft = note.with_name(note.name + ".tmp")
         draft.write_text(json.dumps(bad.to_json()), encoding="utf-8")
         os.replace(draft, note)
+
+
+def _said(documents: Iterator[Document], at: At) -> Iterator[Document]:
+    for document in documents:
+        at(f"{document.path}:{document.line}")
+        yield document
 
 
 def parts_of(parts: Sequence[Part], source: int) -> Iterator[tuple[TokenStore | None, BadRecords]]:
@@ -167,40 +151,3 @@ def _empty(part: Part) -> Path:
 
 def _is_done(part: Part) -> bool:
     return part.folder.exists() or _empty(part).exists()
-
-
-def _follow(futures: Sequence[Future[None]], done: Any, advance: Advance) -> None:
-    """Wait for all, telling the progress; the first error ends it."""
-    told, pending = 0, set(futures)
-    while pending:
-        finished, pending = wait(pending, POLL_SECONDS)
-        for future in finished:
-            future.result()
-        now = done.value
-        advance(now - told)
-        told = now
-
-
-def _start_worker(tokenizer: PreTrainedTokenizerFast, done: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _shared.update(tokenizer=tokenizer, done=done, stop=stop)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(part: Part, source: SourceConfig) -> None:
-    def advance(size: int) -> None:
-        if _shared["stop"].is_set():
-            raise KeyboardInterrupt
-        if size:
-            with _shared["done"].get_lock():
-                _shared["done"].value += size
-
-    make_part(part, source, _shared["tokenizer"], advance)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from fusiontree.errors import DataError
 
@@ -15,6 +15,8 @@ EXAMPLES_KEPT = 100
 ALWAYS_TOLERATED = 5
 BOM = b"\xef\xbb\xbf"
 LINE_END = re.compile(b"\n")
+SURROGATE = re.compile("[\ud800-\udfff]")
+Errors = Literal["strict", "replace"]
 
 
 class RecordError(ValueError):
@@ -31,6 +33,8 @@ class BadRecords:
     """Records that could not be read."""
     short: int = 0
     """Documents left out because they are empty or shorter than `min_length` (not errors)."""
+    mended: int = 0
+    """Good documents in which something that is no text became U+FFFD (not errors)."""
     examples: list[str] = field(default_factory=list)
     """`file:line: reason` of the first bad records."""
 
@@ -43,6 +47,7 @@ class BadRecords:
         self.documents += other.documents
         self.count += other.count
         self.short += other.short
+        self.mended += other.mended
         self.examples = (self.examples + other.examples)[:EXAMPLES_KEPT]
 
     def check(self, name: str, max_fraction: float) -> None:
@@ -71,6 +76,8 @@ class BadRecords:
             parts.append(f"{_counted(self.count, 'bad record')} skipped")
         if self.short:
             parts.append(f"{self.short:,} empty or shorter than min_length left out")
+        if self.mended:
+            parts.append(f"{self.mended:,} mended")
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -153,26 +160,26 @@ def read_sections(
         yield Section(offset, line, size, bytes(rest) if size <= limit else None)
 
 
-def decode(section: Section) -> str:
+def decode(section: Section, errors: Errors = "strict") -> str:
     """UTF-8 text of a section, without a byte order mark at the start of the file. Raises RecordError."""
     data = section.data or b""
     if section.offset == 0 and data.startswith(BOM):
         data = data[len(BOM) :]
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise RecordError(f"invalid UTF-8 at byte {error.start}") from None
 
 
-def parse_text(section: Section) -> str:
+def parse_text(section: Section, errors: Errors = "strict") -> str:
     """Text with its line ends made `\\n`. Raises RecordError."""
-    return decode(section).replace("\r\n", "\n").replace("\r", "\n")
+    return decode(section, errors).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_jsonl(section: Section, text_field: str) -> str:
+def parse_jsonl(section: Section, text_field: str, errors: Errors = "strict") -> str:
     """The document in one JSONL line. Raises RecordError."""
     try:
-        record = json.loads(decode(section), parse_constant=_refuse_constant)
+        record = json.loads(decode(section, errors), parse_constant=_refuse_constant)
     except RecordError:
         raise
     except json.JSONDecodeError as error:
@@ -188,16 +195,19 @@ def parse_jsonl(section: Section, text_field: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise RecordError(f'field "{text_field}" is not a string but {type(text).__name__}')
-    return _without_surrogates(text)
+    return without_surrogates(text, errors)
 
 
 def _refuse_constant(name: str) -> None:
     raise RecordError(f"malformed JSON: {name} is not a JSON number")
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str, errors: Errors = "strict") -> str:
+    """The text, if it can be written as UTF-8; halves of surrogate pairs raise RecordError or are replaced."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        if errors == "replace":
+            return SURROGATE.sub("\ufffd", text)
         raise RecordError(f"lone surrogate at character {error.start}") from None
     return text

@@ -111,7 +111,7 @@ def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecord
         bad.short += 1
         return None
     try:
-        text = parse(format_of(path), section, source.text_field)
+        text = _parse(path, section, source, bad)
     except RecordError as error:
         bad.add(str(path), section.line, str(error))
         return None
@@ -119,3 +119,16 @@ def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecord
         bad.short += 1
         return None
     return Document(text, str(path), section.line, section.offset, section.size)
+
+
+def _parse(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> str:
+    """The text of a record, mended where that is wanted and enough. Raises RecordError."""
+    form = format_of(path)
+    try:
+        return parse(form, section, source.text_field)
+    except RecordError:
+        if source.invalid_text == "skip":
+            raise
+    text = parse(form, section, source.text_field, errors="replace")
+    bad.mended += 1
+    return text

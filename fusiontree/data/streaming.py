@@ -20,7 +20,7 @@ import numpy as np
 
 from fusiontree.data.config import SourceConfig
 from fusiontree.data.hub import open_stream
-from fusiontree.data.records import BadRecords
+from fusiontree.data.records import BadRecords, RecordError, without_surrogates
 from fusiontree.data.rows import WHOLE, Part
 from fusiontree.data.shuffle import Numbers, make_key, permute
 from fusiontree.data.store import Tokens
@@ -38,21 +38,21 @@ class TextStream:
     def __init__(self, source: SourceConfig, key: int) -> None:
         self._source, self._key = source, key
         self.bad_records = BadRecords()
-        self.restore({"pass": 0, "batch": 0, "record": 0, "dataset": None, "counts": [0, 0, 0]})
+        self.restore({"pass": 0, "batch": 0, "record": 0, "dataset": None, "counts": [0, 0, 0, 0]})
 
     def state(self) -> State:
         """Where the next batch begins, as JSON values."""
         bad, dataset = self.bad_records, self._loaded
         if self._read_since:  # before that, datasets would not say what it was given
             dataset = json.loads(json.dumps(self._data.state_dict()))
-        counts = [bad.documents, bad.count, bad.short]
+        counts = [bad.documents, bad.count, bad.short, bad.mended]
         return {"pass": self._pass, "batch": self._batch, "record": self._record, "dataset": dataset, "counts": counts}
 
     def restore(self, state: State) -> None:
         """Go on where `state` was taken."""
         self._pass, self._batch, self._record = state["pass"], state["batch"], state["record"]
         bad = self.bad_records
-        bad.documents, bad.count, bad.short = state["counts"]
+        bad.documents, bad.count, bad.short, bad.mended = state["counts"]
         self._loaded, self._read_since = state["dataset"], False
         self._data = open_stream(self._source)
         if state["dataset"] is not None:
@@ -97,21 +97,21 @@ class TextStream:
     def _usable(self, text: Any) -> str | None:
         """The text if it is a document; else it is counted."""
         source, bad = self._source, self.bad_records
-        reason = None
-        if not isinstance(text, str):
-            reason = f'field "{source.text_field}" is not a string but {type(text).__name__}'
-        elif (size := len(text.encode("utf-8", "surrogatepass"))) > source.max_document_bytes:
-            reason = f"{size} bytes, longer than max_document_bytes {source.max_document_bytes}"
-        elif any("\ud800" <= character <= "\udfff" for character in text):
-            reason = "lone surrogate"
-        elif len(text.strip()) < source.min_length:
+        try:
+            if not isinstance(text, str):
+                raise RecordError(f'field "{source.text_field}" is not a string but {type(text).__name__}')
+            if (size := len(text.encode("utf-8", "surrogatepass"))) > source.max_document_bytes:
+                raise RecordError(f"{size} bytes, longer than max_document_bytes {source.max_document_bytes}")
+            whole = without_surrogates(text, "replace" if source.invalid_text == "replace" else "strict")
+        except RecordError as error:
+            bad.add(source.path, self._record, str(error))
+            return None
+        if len(whole.strip()) < source.min_length:
             bad.short += 1
             return None
-        if reason is not None:
-            bad.add(source.path, self._record, reason)
-            return None
+        bad.mended += whole is not text
         bad.documents += 1
-        return str(text)
+        return whole
 
 
 class StreamRows:

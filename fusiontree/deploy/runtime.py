@@ -170,7 +170,8 @@ class InferenceRuntime:
                 add_generation_prompt=True,
             )
         except Exception as problem:  # a template is a program of the folder's author: anything may go wrong in it
-            raise CheckpointError(f"the chat template cannot be used: {one_line(problem)}") from None
+            where = f"{self.tokenizer.name_or_path}: the chat template"
+            raise CheckpointError(f"{where} cannot be used: {one_line(problem)}") from None
 
 
 def _is_message(message: object) -> bool:

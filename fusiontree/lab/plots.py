@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fusiontree.lab.canvas import COLOURS, GATE_COLOURS, HEIGHT, LABELS, STYLE, new_axes, smooth
 from fusiontree.lab.run_folder import Row, RunFolder, number, probe_series, series
@@ -121,7 +121,13 @@ def _probe(run: RunFolder, name: str, label: str, unit: str) -> Figure | None:
 def _perplexity(run: RunFolder) -> Figure | None:
     figure = _probe(run, "perplexity", "perplexity", "tokens")
     if figure is not None:
-        figure.axes[0].set_yscale("log")
+        axes = figure.axes[0]
+        low, high = axes.dataLim.intervaly
+        if low > 0 and high > 10 * low:  # a closer look would show no round number on a logarithmic scale
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     return figure
 
 

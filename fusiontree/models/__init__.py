@@ -1,6 +1,7 @@
 """The model: layers as data, mixers side by side, a gate between them, and exact caches."""
 
 from fusiontree.models.accounting import Accounting, account
+from fusiontree.models.block import compile_blocks
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.convert import from_llama, from_mamba2
@@ -14,6 +15,7 @@ __all__ = [
     "HybridLanguageModel",
     "HybridOutput",
     "account",
+    "compile_blocks",
     "from_llama",
     "from_mamba2",
     "preset",

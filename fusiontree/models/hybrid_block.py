@@ -5,12 +5,11 @@ Shapes: B batch, L tokens, H hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fusiontree.models.block import Block, LayerOutput
 from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
 from fusiontree.models.fusion import Alignment, CrossFusion, build_gate, fuse
@@ -27,22 +26,13 @@ from fusiontree.ops.autocast import autocast_dtype
 _RMS_STRIDE = 8  # every 8th token serves for the watched branch norms
 
 
-@dataclass
-class LayerOutput:
-    """What a block hands on: hidden states (B, L, H), and what is watched when asked for."""
-
-    hidden: Tensor
-    gate: Tensor | None = None  # (B, L, H), with gradient
-    branch_rms: Tensor | None = None  # (2,) fp32: Mamba, attention
-
-
 def build_mixers(config: HybridConfig, spec: LayerSpec) -> nn.ModuleDict:
     """The layer's mixers by name, Mamba first."""
     build = {"mamba": lambda: MambaBlock(config), "attention": lambda: LocalGlobalAttention(config, spec)}
     return nn.ModuleDict({name: build[name]() for name in spec.mixers})
 
 
-class HybridBlock(nn.Module):
+class HybridBlock(Block):
     """Both branches read norm(x) side by side (Mamba with the time encoding added), are aligned and fused by the gate:
 
     y = x + fusion_proj(g·h_mamba + (1-g)·h_attn) + mlp(a). With `cross_rank` the branches first glance at each other.
@@ -65,17 +55,16 @@ class HybridBlock(nn.Module):
         self.mlp = build_mlp(config)
         self.out_norm = RMSNorm(hidden, eps) if self.placement != "pre" else None
 
-    def forward(
+    def run(
         self,
         x: Tensor,
         positions: Positions,
         segments: Segments,
-        cache: HybridCacheLayer | None = None,
-        removed: str | None = None,
-        recompute_branches: bool = False,
-        watch: bool = False,
+        cache: HybridCacheLayer | None,
+        removed: str | None,
+        recompute_branches: bool,
+        watch: bool,
     ) -> LayerOutput:
-        """`removed`: a branch whose output counts as zero; `recompute_branches`: selective checkpointing."""
         z = self.norm(x)
         if recompute_branches:
             branches = checkpoint(self._branches, z, positions, segments, cache, removed, use_reentrant=False)
@@ -106,7 +95,7 @@ class HybridBlock(nn.Module):
         return branches
 
     def _with_time(self, z: Tensor, positions: Positions) -> Tensor:
-        encoded = positions.srte if self.srte is None else self.srte(positions.ids, positions.longest)
+        encoded = positions.srte if self.srte is None else self.srte(positions.ids)
         return z if encoded is None else z + encoded.to(z.dtype)
 
     def _join(self, x: Tensor, update: Tensor) -> Tensor:
@@ -115,7 +104,7 @@ class HybridBlock(nn.Module):
         return x + update if self.out_norm is None else self.out_norm(x + update)
 
 
-class SequentialBlock(nn.Module):
+class SequentialBlock(Block):
     """x + mixer(norm(x)), then x + mlp(norm(x)): LLaMA-like with attention, plain Mamba without the MLP."""
 
     def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
@@ -125,15 +114,15 @@ class SequentialBlock(nn.Module):
         self.mlp = build_mlp(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.mlp is not None else None
 
-    def forward(
+    def run(
         self,
         x: Tensor,
         positions: Positions,
         segments: Segments,
-        cache: HybridCacheLayer | None = None,
-        removed: str | None = None,
-        recompute_branches: bool = False,
-        watch: bool = False,
+        cache: HybridCacheLayer | None,
+        removed: str | None,
+        recompute_branches: bool,
+        watch: bool,
     ) -> LayerOutput:
         (mixer,) = self.mixers.values()
         z = self.norm(x)

@@ -9,29 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
 from fusiontree.errors import PlanError
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
-from fusiontree.models.hybrid_block import LayerOutput, build_block
-from fusiontree.models.init import init_module, mark_no_weight_decay
+from fusiontree.models.init import mark_no_weight_decay
 from fusiontree.models.inputs import check_labels, check_tokens, described, valid_tokens
-from fusiontree.models.linear import Linear
-from fusiontree.models.norms import RMSNorm
-from fusiontree.models.positions import Positions, RotaryTable
-from fusiontree.models.segments import Progress, Rows, Segments, lay_out, normal_order
-from fusiontree.models.srte import SRTE
-from fusiontree.ops import linear_cross_entropy
-from fusiontree.ops.autocast import autocast_dtype
+from fusiontree.models.linear import LMHead
+from fusiontree.models.stack import HybridModel, HybridPreTrainedModel, Stacked
 
 
 @dataclass
@@ -46,165 +39,6 @@ class HybridOutput(ModelOutput):
     branch_rms: tuple[Tensor | None, ...] | None = None
 
 
-@dataclass
-class _Stack:
-    """What the stack of blocks returns."""
-
-    hidden: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    outputs: list[LayerOutput]
-    document_starts: Tensor | None  # (B, L) bool
-
-    def restore(self, back: Tensor) -> None:
-        """From padding-first to the caller's order of tokens; back (B, L) says where each is now."""
-
-        def moved(t: Tensor) -> Tensor:
-            return t.gather(1, back if t.ndim == 2 else back[..., None].expand_as(t))
-
-        self.hidden = moved(self.hidden)
-        if self.hidden_states is not None:
-            self.hidden_states = tuple(moved(h) for h in self.hidden_states)
-        for out in self.outputs:
-            out.gate = None if out.gate is None else moved(out.gate)
-        if self.document_starts is not None:
-            self.document_starts = moved(self.document_starts)
-
-
-class HybridPreTrainedModel(PreTrainedModel):
-    config_class = HybridConfig
-    config: HybridConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["HybridBlock", "SequentialBlock"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
-    _supports_sdpa = True
-    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", r"mamba\.D"]  # not the gate, whose D is a matrix
-
-    def _init_weights(self, module: nn.Module) -> None:
-        init_module(module, self.config)
-
-    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # transformers passes over modules without parameters of their own when the model is not one of its own, and so
-        # over what `init_module` does to their children. Loaded parameters are left alone by `init_module` itself.
-        super()._initialize_weights(module)
-
-
-class HybridModel(HybridPreTrainedModel):
-    """Embedding, blocks and final norm: token ids to hidden states."""
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__(config)
-        specs = config.layer_specs
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        encoded = config.srte != "none" and any("mamba" in spec.mixers and spec.block == "hybrid" for spec in specs)
-        self.srte = SRTE(config) if encoded and config.srte_shared else None
-        self.rotary = RotaryTable(config)
-        self.uses_attention = any("attention" in spec.mixers for spec in specs)
-        self.layers = nn.ModuleList(build_block(config, spec) for spec in specs)
-        # A post-normed block already ends in a norm.
-        ends_normed = config.norm_placement == "post" and specs[-1].block == "hybrid"
-        self.norm = None if ends_normed else RMSNorm(config.hidden_size, config.norm_eps)
-        self.gradient_checkpointing = False
-        self.removed_branches: dict[int, str] = {}
-        self.branch_dropout_seed: int | None = None
-        self.post_init()
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        past_key_values: HybridCache | None = None,
-        keep_hidden: bool = False,
-        watch: bool = False,
-    ) -> _Stack:
-        """inputs_embeds (B, L, H); attention_mask (B, past + L), 0 at padding anywhere; position_ids (B, L) restart at
-        0 at each document; seq_idx (B, L) names documents. A warm `past_key_values` is continued and advanced."""
-        x, (batch, length) = inputs_embeds, inputs_embeds.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        valid = valid_tokens(attention_mask, batch, length, past)
-        position_ids = described("position_ids", position_ids, batch, length)
-        rows = Rows((batch, length), x.device, valid, position_ids, described("seq_idx", seq_idx, batch, length))
-        order = None if valid is None else normal_order(valid)
-        if order is not None:
-            x = x.gather(1, order[..., None].expand_as(x))
-            rows = rows.map(lambda t: t.gather(1, order), length)
-        positions, segments = self._lay_out(x, rows, past_key_values, order is not None)
-        x, hidden_states, outputs = self._run_layers(x, positions, segments, past_key_values, keep_hidden, watch)
-        stack = _Stack(x, hidden_states, outputs, segments.starts)
-        if order is not None:
-            stack.restore(torch.argsort(order, dim=1))
-        return stack
-
-    def _run_layers(
-        self,
-        x: Tensor,
-        positions: Positions,
-        segments: Segments,
-        cache: HybridCache | None,
-        keep_hidden: bool,
-        watch: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[LayerOutput]]:
-        removed = {**self._dropped_branches(), **self.removed_branches}
-        # A cache would be written a second time by the recomputation.
-        recomputes = self.gradient_checkpointing and self.training and cache is None
-        kept = [x] if keep_hidden else None
-        outputs = []
-        for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            arguments = (x, positions, segments, layer_cache, removed.get(i))
-            if recomputes and self.config.checkpointing == "block":
-                out = torch.utils.checkpoint.checkpoint(block, *arguments, watch=watch, use_reentrant=False)
-            else:
-                out = block(*arguments, recompute_branches=recomputes, watch=watch)
-            x = out.hidden
-            outputs.append(out)
-            if kept is not None:
-                kept.append(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        if kept is not None:
-            kept[-1] = x  # transformers' convention: the last one is what the head sees
-        return x, None if kept is None else tuple(kept), outputs
-
-    def _lay_out(self, x: Tensor, rows: Rows, cache: HybridCache | None, moved: bool) -> tuple[Positions, Segments]:
-        """`moved`: the rows' tokens do not stand in the caller's order."""
-        past = Progress() if cache is None else cache.progress
-        if past.age is not None and past.age.shape[0] != rows.shape[0]:
-            raise ValueError(f"past_key_values holds {past.age.shape[0]} rows, the input has {rows.shape[0]}")
-        ids, segments, after = lay_out(rows, past)
-        if cache is not None:
-            cache.advance(after, partial(_progress_after, rows, past, segments.pads, moved))
-        longest = past.seen + rows.shape[1]
-        if rows.position_ids is not None:
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0:
-                raise ValueError(f"position_ids must not be negative; the smallest is {low}")
-            longest = max(longest, high + 1)
-        positions = Positions(ids, longest)
-        if self.uses_attention:
-            positions.rotary = self.rotary.lookup(ids, longest, autocast_dtype(x))
-        if self.srte is not None:
-            positions.srte = self.srte(ids, longest)
-        return positions, segments
-
-    def _dropped_branches(self) -> dict[int, str]:
-        """Which branch each layer does without in this training step; one draw per step, the same on every rank."""
-        probability = self.config.drop_branch_prob
-        if not self.training or probability == 0.0:
-            return {}
-        generator = None
-        if self.branch_dropout_seed is not None:
-            generator = torch.Generator().manual_seed(self.branch_dropout_seed)
-        draws = torch.rand(len(self.layers), 2, generator=generator).tolist()
-        return {
-            i: "mamba" if side < 0.5 else "attention"
-            for i, (drop, side) in enumerate(draws)
-            if drop < probability and len(self.config.layer_specs[i].mixers) == 2
-        }
-
-
 class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
     """A causal language model of FusionTree blocks (or any layer list); use it as any transformers model."""
 
@@ -213,7 +47,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.model = HybridModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
         self.post_init()
         mark_no_weight_decay(self)
 
@@ -291,7 +125,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         seq_idx: Tensor | None,
         cache: HybridCache | None,
-    ) -> _Stack:
+    ) -> Stacked:
         """A long text that needs no gradient, piece by piece through the cache: the same numbers, bounded memory."""
         cache = HybridCache(self.config) if cache is None else cache
         rows, length = x.shape[:2]
@@ -304,19 +138,26 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             piece = slice(begin, begin + piece_length(x))
             mask, ids, documents = (None if t is None else t[:, piece] for t in (valid, position_ids, seq_idx))
             hidden.append(self.model(x[:, piece], mask, ids, documents, cache).hidden)
-        return _Stack(torch.cat(hidden, dim=1), None, [], None)
+        return Stacked(torch.cat(hidden, dim=1), None, [], None)
 
-    def _loss(self, stack: _Stack, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
+    def _loss(self, stack: Stacked, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
         """Mean cross entropy of each token given those before it, never across the start of a document."""
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if stack.document_starts is not None:
             targets = targets.masked_fill(F.pad(stack.document_starts[:, 1:], (0, 1)), -100)
         targets = targets.flatten()
         if logits is None:
-            total = linear_cross_entropy(stack.hidden.flatten(0, 1), self.lm_head.weight, targets)
+            total = self.lm_head(stack.hidden.flatten(0, 1), targets)
         else:
             total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
         return total / ((targets != -100).sum().clamp_min(1) if count is None else count)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """transformers resizes a head into a plain linear layer: ours takes over its weight."""
+        weight = new_embeddings.weight
+        with torch.device("meta"):
+            self.lm_head = LMHead(weight.shape[1], weight.shape[0])
+        self.lm_head.weight = weight
 
     @property
     def removed_branches(self) -> dict[int, str]:
@@ -383,14 +224,6 @@ def piece_length(x: Tensor) -> int:
     """Tokens that one pass over x (B, L, H) takes at once when no gradient is wanted."""
     # Past a few thousand tokens a CPU spends its time on fetching fresh memory for every intermediate result.
     return max(512, 2048 // max(1, x.shape[0])) if x.device.type == "cpu" else 32768
-
-
-def _progress_after(rows: Rows, past: Progress, pads: Tensor | None, moved: bool, kept: int) -> Progress:
-    """Where the rows stood had only the first `kept` tokens come; refused where these are not the caller's first."""
-    warm = past.age is not None
-    if (moved and kept) or (warm and pads is not None and int(pads.max()) > kept):
-        raise ValueError("cannot take back tokens of a forward whose padding is among or behind them")
-    return lay_out(rows.map(lambda t: t[:, :kept], kept), past)[2] if kept else past
 
 
 AutoConfig.register("fusiontree", HybridConfig)

@@ -1,10 +1,10 @@
-"""The one linear layer of the models: torch's, without bias, through `ops.linear`."""
+"""The one linear layer of the models: torch's, without bias, through `ops.linear`; and the output head made of it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fusiontree.ops import linear
+from fusiontree.ops import linear, linear_cross_entropy
 
 
 class Linear(nn.Linear):
@@ -15,3 +15,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class LMHead(Linear):
+    """Hidden states (…, H) → logits (…, V)."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """With targets (T,) for x (T, H): the summed cross entropy instead, -100 ignored, logits never in memory.
+
+        The weight is read in here alone: engines that shard parameters bring them together for a module's own forward.
+        """
+        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)

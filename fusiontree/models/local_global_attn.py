@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fusiontree.models.cache import HybridCacheLayer, KVBuffer
+from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
+from fusiontree.models.kv_buffer import KVBuffer
 from fusiontree.models.linear import Linear
 from fusiontree.models.positions import Positions, rotate
 from fusiontree.models.segments import Segments
@@ -25,7 +26,7 @@ class LocalGlobalAttention(nn.Module):
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         self.window = spec.sliding_window
-        self.global_heads = self.heads if spec.sliding_window is None else spec.global_heads
+        self.global_heads = _global_heads(config, spec)
         self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
@@ -74,3 +75,13 @@ class LocalGlobalAttention(nn.Module):
         index = torch.tensor([h // shares - first for h in heads], device=k.device)
         q, k, v = q[:, heads.start : heads.stop], k.index_select(1, index), v.index_select(1, index)
         return attention(q, k, v, window, segments.reach, segments.masks)
+
+
+def windows_of(config: HybridConfig, spec: LayerSpec) -> list[int | None]:
+    """The windows that the layer's groups of heads have, None for those that see everything."""
+    wide = _global_heads(config, spec)
+    return [None] * (wide > 0) + [spec.sliding_window] * (wide < config.num_attention_heads)
+
+
+def _global_heads(config: HybridConfig, spec: LayerSpec) -> int:
+    return config.num_attention_heads if spec.sliding_window is None else spec.global_heads

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fusiontree.models.cache import HybridCacheLayer, insert_past
+from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.kv_buffer import insert_past
 from fusiontree.models.linear import Linear
 from fusiontree.models.norms import GatedRMSNorm
 from fusiontree.models.positions import Positions

@@ -15,7 +15,6 @@ class Positions:
     """What mixers know of where their tokens stand. B batch, L tokens, P head size."""
 
     ids: Tensor  # (B, L) int64, index within the document
-    longest: int  # every id is below this
     rotary: tuple[Tensor, Tensor] | None = None  # cos, sin (B, L, 1, P/2) in the compute dtype
     srte: Tensor | None = None  # (B, L, H) the time encoding that all layers share
 

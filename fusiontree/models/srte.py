@@ -23,24 +23,18 @@ class SRTE(nn.Module):
         super().__init__()
         self.kind = config.srte
         self.hidden_size = config.hidden_size
-        self.length = config.max_position_embeddings
         if self.kind == "sincos":
             self.scale = nn.Parameter(torch.empty(1))
         elif self.kind == "learned":
-            self.table = nn.Embedding(self.length, config.hidden_size)
+            self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
-            self.table = nn.Embedding(self.length, config.srte_rank)
+            self.table = nn.Embedding(config.max_position_embeddings, config.srte_rank)
             self.up = Linear(config.srte_rank, config.hidden_size)
 
-    def forward(self, ids: Tensor, longest: int) -> Tensor:
-        """ids (B, L), all below `longest` → (B, L, H) fp32 or the table's dtype."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L), within reach → (B, L, H) fp32 or the table's dtype."""
         if self.kind == "sincos":
             return self._sincos(ids) * self.scale
-        if longest > self.length:
-            raise ConfigError(
-                f"position {longest - 1} is beyond the learned time encoding: max_position_embeddings={self.length} "
-                "(srte=sincos has no such limit)"
-            )
         encoded: Tensor = self.table(ids)
         return encoded if self.kind == "learned" else self.up(encoded)
 
@@ -49,3 +43,13 @@ class SRTE(nn.Module):
         frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=ids.device) * (-math.log(10000.0) / half))
         angle = ids[..., None].float() * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., : self.hidden_size]
+
+
+def check_reach(config: HybridConfig, longest: int) -> None:
+    """Refuse positions up to `longest` - 1 where the encoding is a table that ends before."""
+    end = config.max_position_embeddings
+    if config.srte != "sincos" and longest > end:
+        raise ConfigError(
+            f"position {longest - 1} is beyond the learned time encoding: max_position_embeddings={end} "
+            "(srte=sincos has no such limit)"
+        )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusiontree.errors import ConfigError
-from fusiontree.ops.flex import flex_window
+from fusiontree.ops.flex import flex_window, remember_block_mask
 
 _BACKEND = os.environ.get("FUSIONTREE_ATTENTION", "blocks")
 if _BACKEND not in ("blocks", "flex"):
@@ -43,7 +43,7 @@ def attention(
 ) -> Tensor:
     """q (B, H, L, P), k and v (B, K, S, P), S ≥ L → (B, H, L, P). `window` None: every earlier key; W: the last W keys.
 
-    `masks` remembers masks between calls that have the same `reach`, as the layers of one forward pass do.
+    `masks` remembers masks between calls that have the same `reach` and L, as the layers of one forward pass do.
     """
     masks = {} if masks is None else masks
     length, keys = q.shape[2], k.shape[2]
@@ -59,6 +59,19 @@ def attention(
     if reach is None and length == keys:
         return _sdpa(q, k, v, causal=True)
     return _by_query_blocks(q, k, v, reach, masks)
+
+
+def remember_mask(
+    masks: MaskMemo, length: int, window: int | None, reach: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Build ahead the mask that `attention` over `length` queries and as many keys would put into `masks`."""
+    if window is not None and window < length and length > 1:
+        if _BACKEND == "flex":
+            remember_block_mask(masks, length, length, window, reach, device)
+        else:
+            _window_addend(masks, length, length, window, reach, dtype, device)
+    elif reach is not None and query_block(length, length) >= length:
+        _reach_addend(masks, length, length, reach, dtype, device)
 
 
 def repeat_heads(t: Tensor, heads: int) -> Tensor:
@@ -99,6 +112,8 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
     """Masked attention over everything before, in blocks of queries, so that no mask grows as L²."""
     length, keys = q.shape[2], k.shape[2]
     size = query_block(length, keys)
+    if size >= length and reach is not None:
+        return _sdpa(q, k, v, _reach_addend(masks, length, keys, reach, q.dtype, q.device))
     if size < length:
         # Once for all blocks: every block's own copy would be kept for the backward.
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
@@ -111,9 +126,8 @@ def _by_query_blocks(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, mask
             build = partial(_visible, size, keys, None, None, q.device)
             mask = _remembered(masks, ("last", size, keys), q.dtype, build)[begin - end :, keys - upto :]
         else:
-            build = partial(_visible, end - begin, upto, None, reach[:, begin:end], q.device)
-            # Only a mask that covers all queries is worth keeping: with several blocks they would add up to L².
-            mask = _remembered(masks if size == length else {}, ("all", length, keys), q.dtype, build)
+            # Not kept: the masks of several blocks would add up to L².
+            mask = _reach_addend({}, end - begin, upto, reach[:, begin:end], q.dtype, q.device)
         outputs.append(_sdpa(q[:, :, begin:end], k[:, :, :upto], v[:, :, :upto], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -125,22 +139,21 @@ def query_block(length: int, keys: int) -> int:
 
 def window_blocks(length: int, window: int) -> tuple[int, int]:
     """Queries in a block of windowed attention, and key blocks before each block's own that they can see."""
-    block = min(length, max(window // 4, 32))
+    block = max(window // 4, 32)
+    block = block if block < length else length  # not min(): compiled for any length, this stays a plain number
     return block, -(-window // block)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: MaskMemo) -> Tensor:
     """Blocks of Q queries, each with the keys it can see and the rest of their blocks: work and memory grow as L·W."""
-    batch, heads, length, _ = q.shape
-    keys = k.shape[2]
+    heads, length, keys = q.shape[1], q.shape[2], k.shape[2]
     Q, m = window_blocks(length, window)
     n = -(-length // Q)
     # Keys missing in front (superfluous if negative), and queries behind, to fill whole blocks.
     before, after = length + m * Q - keys, n * Q - length
     q_blocks = F.pad(q, (0, 0, 0, after)).unflatten(2, (n, Q))
     k_blocks, v_blocks = (_key_windows(F.pad(repeat_heads(t, heads), (0, 0, before, after)), Q, m) for t in (k, v))
-    build = partial(_window_mask, batch, length, keys, n, Q, m, window, reach, q.device)
-    mask = _remembered(masks, ("window", window, length, keys), q.dtype, build)
+    mask = _window_addend(masks, length, keys, window, reach, q.dtype, q.device)
     inner = _block_products if q.device.type == "cpu" else _block_sdpa
     return inner(q_blocks, k_blocks, v_blocks, mask).flatten(2, 3)[:, :, :length]
 
@@ -167,13 +180,28 @@ def _block_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _window_mask(
-    batch: int, length: int, keys: int, n: int, Q: int, m: int, window: int, reach: Tensor | None, device: torch.device
+def _reach_addend(
+    masks: MaskMemo, length: int, keys: int, reach: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    # L is one in a forward pass. The keys before the first query tell masks apart, a number that no other L changes.
+    key = ("all", keys - length)
+    return _remembered(masks, key, dtype, partial(_visible, length, keys, None, reach, device))
+
+
+def _window_addend(
+    masks: MaskMemo, length: int, keys: int, window: int, reach: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    key = ("window", window, keys - length)
+    return _remembered(masks, key, dtype, partial(_window_mask, length, keys, window, reach, device))
+
+
+def _window_mask(length: int, keys: int, window: int, reach: Tensor | None, device: torch.device) -> Tensor:
     """(1 or B, 1, n, Q, (m + 1)·Q) bool: at most W keys back, not before the first key, not before the own document."""
+    Q, m = window_blocks(length, window)
+    n = -(-length // Q)
     slot = torch.arange(n * Q, device=device).view(n, Q) + keys - length
     own = torch.clamp(slot + 1, max=window)[None]  # keys that exist, the query included
     if reach is not None:
-        own = torch.minimum(own, F.pad(reach, (0, n * Q - length), value=1).view(batch, n, Q))
+        own = torch.minimum(own, F.pad(reach, (0, n * Q - length), value=1).view(-1, n, Q))
     back = torch.arange(Q, device=device)[:, None] + m * Q - torch.arange((m + 1) * Q, device=device)
     return ((back >= 0) & (back < own[..., None]))[:, None]

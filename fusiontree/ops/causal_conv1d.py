@@ -52,11 +52,13 @@ def causal_conv1d(
     else:
         past = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
     new_state = past[:, x.shape[1] :]
-    if starts is None:
-        y: Tensor = _ConvSiLU.apply(past, weight, bias, None, None)
-    else:
+    if starts is not None:
         new_state = new_state * _own_tail(starts, width - 1)[..., None]
-        y = _ConvSiLU.apply(past, weight, bias, *_near_starts(starts, width))
+    if torch.compiler.is_compiling():
+        y = F.silu(_convolve_masked(past, weight, bias, starts)).to(x.dtype)
+    else:
+        near = (None, None) if starts is None else _near_starts(starts, width)
+        y = _ConvSiLU.apply(past, weight, bias, *near)
     # A copy: a cache that kept a view would keep the whole input alive.
     return y, new_state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -64,12 +66,18 @@ def causal_conv1d(
 def _near_starts(starts: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The n tokens that follow a start too closely to use all K inputs, as (row, token) (2, n), and which of their
     inputs, oldest first, are of their own document (n, K)."""
-    foreign = [torch.zeros_like(starts)]
-    for k in range(1, width):
-        foreign.append(foreign[-1] | F.pad(starts, (k - 1, 0))[:, : starts.shape[1]])
+    foreign = _foreign(starts, width)
     near = foreign[-1].nonzero().t()
     own = ~torch.stack(foreign[::-1], dim=-1)
     return near, own[near[0], near[1]]
+
+
+def _foreign(starts: Tensor, width: int) -> list[Tensor]:
+    """Per distance 0 … K-1, whether the input that far back (B, L) is of another document."""
+    foreign = [torch.zeros_like(starts)]
+    for k in range(1, width):
+        foreign.append(foreign[-1] | F.pad(starts, (k - 1, 0))[:, : starts.shape[1]])
+    return foreign
 
 
 def _own_tail(starts: Tensor, size: int) -> Tensor:
@@ -129,4 +137,18 @@ def _convolve(past: Tensor, weight: Tensor, bias: Tensor, near: Tensor | None, o
         row, token = near
         inputs = past[row[:, None], token[:, None] + torch.arange(width, device=token.device)]
         pre[row, token] = bias + torch.einsum("nkd,dk->nd", torch.where(own[..., None], inputs, 0.0), weight)
+    return pre
+
+
+def _convolve_masked(past: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
+    """`_convolve` in plain steps of one size whatever `starts` says, for a compiler that makes one loop of them."""
+    width = weight.shape[1]
+    length = past.shape[1] - width + 1
+    foreign = None if starts is None else _foreign(starts, width)
+    pre = bias.float()
+    for k in range(width):
+        inputs = past[:, k : k + length].float()
+        if foreign is not None:
+            inputs = torch.where(foreign[width - 1 - k][..., None], 0.0, inputs)
+        pre = pre + inputs * weight[:, k].float()
     return pre

@@ -16,13 +16,21 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: dict[tuple, Any]) -> Tensor:
     """As `attention` with a window; `masks` remembers block masks between layers of one forward pass."""
-    length, keys = q.shape[2], k.shape[2]
-    key = ("flex", window, length, keys)
-    if key not in masks:
-        masks[key] = _block_mask(length, keys, window, reach, q.device)
+    mask = remember_block_mask(masks, q.shape[2], k.shape[2], window, reach, q.device)
     run = _compiled() if q.device.type == "cuda" else flex_attention
-    out: Tensor = run(q, k, v, block_mask=masks[key], enable_gqa=k.shape[1] != q.shape[1])
+    out: Tensor = run(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     return out
+
+
+def remember_block_mask(
+    masks: dict[tuple, Any], length: int, keys: int, window: int, reach: Tensor | None, device: torch.device
+) -> BlockMask:
+    """The block mask of a forward pass, built at first need."""
+    key = ("flex", window, keys - length)
+    if key not in masks:
+        masks[key] = _block_mask(length, keys, window, reach, device)
+    mask: BlockMask = masks[key]
+    return mask
 
 
 @functools.cache

@@ -65,11 +65,16 @@ def mamba_step(
 
 
 def _fits(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MambaWeights, sizes: MambaSizes) -> bool:
-    """Whether the states are of these sizes: the kernel reads by them, whatever it is given."""
+    """Whether all is of these sizes: the kernel reads by them, whatever it is given, a sharded weight's stub too."""
     rows, inner = projected.shape[0], sizes.heads * sizes.head_dim
-    channels, width = inner + 2 * sizes.groups * sizes.state, weights.conv_weight.shape[1]
+    channels, width = inner + 2 * sizes.groups * sizes.state, weights.conv_weight.shape[-1]
+    per_head = (weights.dt_bias, weights.A_log, weights.D)
     return (
-        projected.shape == (rows, inner + channels + sizes.heads)
+        weights.conv_weight.shape == (channels, width)
+        and weights.conv_bias.shape == (channels,)
+        and weights.norm.shape == (inner,)
+        and all(t.shape == (sizes.heads,) for t in per_head)
+        and projected.shape == (rows, inner + channels + sizes.heads)
         and conv_state.shape == (rows, channels, width - 1)
         and ssm_state.shape == (rows, sizes.heads, sizes.head_dim, sizes.state)
         and ssm_state.dtype == torch.float32

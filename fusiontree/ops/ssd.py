@@ -85,7 +85,7 @@ def ssd(
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     per_group = heads // groups
-    Q = min(chunk_size, length)
+    Q = chunk_size if chunk_size < length else length  # not min(): compiled for any length, this stays a plain number
     n = -(-length // Q)
     dtype = x.dtype
 

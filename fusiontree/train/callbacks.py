@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusiontree.errors import ConfigError
 from fusiontree.train.jsonl import JsonLines
+from fusiontree.train.ranks import is_lost
 
 # The bar's speed is that of the last ten minutes: a step may take longer than rich's 30 seconds.
 REMEMBERED_SECONDS = 600.0
@@ -106,7 +107,9 @@ class StateFile(Callback):
             if error is None:
                 self._write({"state": "finished" if run.step >= run.steps else "interrupted"}, run)
             else:
-                self._write({"state": "failed", "error": str(error) or type(error).__name__}, run)
+                lost = isinstance(error, RuntimeError) and is_lost(error)
+                why = "another process of the run was lost" if lost else str(error) or type(error).__name__
+                self._write({"state": "failed", "error": why}, run)
         except OSError as problem:  # a full disk, which is the very error to be told: it must not be replaced by this
             run.say(f"warning: {self.path}: cannot be written: {problem.strerror}")
 

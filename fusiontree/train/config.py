@@ -89,7 +89,7 @@ class TrainingSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """bf16, fp16: autocast over fp32 weights; fp16 with a loss scale that follows the gradients."""
     compile: bool = False
-    """torch.compile the model."""
+    """torch.compile each block."""
     teacher: str | None = None
     """Folder of a FusionTree model with the same tokenizer, to learn from as `loss.distill_weight` says."""
     activation_checkpointing: Literal["none", "branches", "block"] = "none"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusiontree.data import Loader, build_loader, resolve_tokenizer, stage_at
 from fusiontree.errors import CheckpointError, ConfigError, TrainingError
+from fusiontree.models import compile_blocks
 from fusiontree.train.build import (
     build_callbacks,
     build_model,
@@ -118,8 +119,9 @@ class Trainer:
         load_weights(self.model, self.resumed, ranks)
         set_checkpointing(self.model, self._checkpointing())
         self.model.train()
+        if settings.compile:
+            compile_blocks(self.model)
         strategy.adopt(self.model, settings)
-        self.forward = torch.compile(strategy.forward) if settings.compile else strategy.forward
         self.teacher = None if teacher is None else strategy.host(teacher)
         self.validation: Validation | None = None
         self.progress = Progress()
@@ -226,7 +228,7 @@ class Trainer:
         self.model.branch_dropout_seed = mixed_seed(self.config.system.seed, step)
         with self.strategy.accumulating(last=index == len(shares) - 1):
             with self._autocast():
-                out = self.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
+                out = self.strategy.forward(**model_inputs(batch), output_gates=gates, skip_logits=self.teacher is None)
                 terms = self.loss(out, batch, phase, self._teacher_logits(batch), shares[index])
             # Times 1, or, where the loss is not finite, NaN: then the gradients' norm tells in every process.
             self.strategy.backward(terms["loss"] * (terms["loss"].detach() * 0 + 1), self.scale.value)

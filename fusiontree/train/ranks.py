@@ -77,14 +77,25 @@ class Ranks:
     def missing(self) -> list[int]:
         """Processes that do not answer; each that still can must call this too."""
         self._rounds += 1
+        answer: list[list[int]] = []
+        # In a thread: a store that hangs itself is waited for without an end.
+        asking = threading.Thread(target=lambda: answer.append(self._silent()), daemon=True)
+        asking.start()
+        asking.join(2 * ANSWER_SECONDS + 0.1 * self.world_size)
+        return answer[0] if answer else [0]  # the first process keeps the store, where torchrun does not
+
+    def _silent(self) -> list[int]:
         keys = [f"fusiontree/alive/{self._rounds}/{rank}" for rank in range(self.world_size)]
-        self._store.set(keys[self.rank], "")
         silent: list[int] = []
-        for rank, key in enumerate(keys):
-            try:
-                self._store.wait([key], timedelta(seconds=0.1 if silent else ANSWER_SECONDS))
-            except dist.DistError:
-                silent.append(rank)
+        try:
+            self._store.set(keys[self.rank], "")
+            for rank, key in enumerate(keys):
+                try:
+                    self._store.wait([key], timedelta(seconds=0.1 if silent else ANSWER_SECONDS))
+                except dist.DistStoreError:
+                    silent.append(rank)
+        except dist.DistNetworkError:
+            return [0]
         return silent
 
     def lost(self, error: RuntimeError, advice: str) -> LostRankError:
@@ -92,7 +103,9 @@ class Ranks:
         if threading.current_thread() is threading.main_thread():
             # torchrun ends the others as soon as it misses one: not before they have said which.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if "timed out" in str(error).lower():  # where this process waited, and what its threads do
+        if any(
+            word in str(error).lower() for word in ("timed out", "timeout")
+        ):  # where this process waited, and what its threads do
             traceback.print_exception(error)
             faulthandler.dump_traceback(sys.stderr)
         silent = self.missing()
@@ -103,7 +116,7 @@ class Ranks:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error came out of an exchange between processes; gloo's have no type of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "pair closure" in str(error)
 
 
 def processes_started() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fusiontree.data import SourceConfig, TokenizerConfig, tokenizer_hash
@@ -23,6 +23,7 @@ from fusiontree.train.checkpoint import keep_newest, latest_checkpoint, list_che
 from fusiontree.train.config import MODEL_ARGUMENTS, DataSection, RunConfig, TrainingSection
 from fusiontree.train.jsonl import JsonLines
 from fusiontree.train.ranks import Ranks
+from fusiontree.train.tensors import read_tensors
 
 STATE_JSON, STATE_TENSORS = "trainer/state.json", "trainer/state.safetensors"
 
@@ -124,8 +125,19 @@ class RunStore:
         return folder
 
     def restore(self, folder: Path, callbacks: Iterable[Callback]) -> tuple[Progress, dict[str, Any]]:
-        """Give callbacks and random generators their state back; gives the counters and the loader's state."""
-        content, tensors = self.ranks.on_first(lambda: (read_run_state(folder), load_file(folder / STATE_TENSORS)))
+        """Give callbacks and random generators their state back; gives the counters and the loader's state.
+
+        Raises CheckpointError when the state is not one that `save` wrote.
+        """
+        content, tensors = self.ranks.on_first(lambda: (read_run_state(folder), read_tensors(folder / STATE_TENSORS)))
+        try:
+            return self._take_up(content, tensors, callbacks), content["loader"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: the training state cannot be used: {error}") from error
+
+    def _take_up(
+        self, content: Mapping[str, Any], tensors: Mapping[str, Tensor], callbacks: Iterable[Callback]
+    ) -> Progress:
         for callback in callbacks:
             own = _below(tensors, f"callback/{callback.name}/")
             if own:
@@ -137,7 +149,7 @@ class RunStore:
         _set_rng(_below(tensors, "rng/"))
         progress = Progress(**content["progress"])
         self.newest_step = progress.step
-        return progress, content["loader"]
+        return progress
 
     def save(
         self,
@@ -237,7 +249,7 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_JSON
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     return content
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fusiontree.errors import CheckpointError
 
 FILE_BYTES = 4_000_000_000
 _TYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
@@ -65,14 +68,15 @@ class _Writer:
 
 
 class TensorFiles:
-    """Reads what `write_tensors` wrote."""
+    """Reads what `write_tensors` wrote; raises CheckpointError when a file is not safetensors."""
 
     def __init__(self, folder: Path, stem: str) -> None:
+        self.folder, self.stem = folder, stem
         index = folder / f"{stem}.safetensors.index.json"
         files = [f"{stem}.safetensors"]
         if index.exists():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        opened = [safe_open(folder / file, "pt") for file in files]
+        opened = [_open(folder / file) for file in files]
         self._places = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     def shapes(self) -> dict[str, tuple[list[int], torch.dtype]]:
@@ -81,6 +85,21 @@ class TensorFiles:
         return {name: (part.get_shape(), _TYPES[part.get_dtype()]) for name, part in slices.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the host."""
+        """One tensor, on the host; raises CheckpointError when there is none of this name."""
+        if name not in self._places:
+            raise CheckpointError(f"{self.folder}: no file of {self.stem} holds {name}")
         tensor: Tensor = self._places[name].get_tensor(name)
         return tensor
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by name; raises CheckpointError when it is not safetensors."""
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +26,7 @@ from fusiontree.data import (
     prepare_static,
     sources,
     train_tokenizer,
+    workers,
 )
 from fusiontree.data.splits import all_pieces, hold_out
 from fusiontree.errors import ConfigError, DataError
@@ -242,10 +245,10 @@ def same_files(one: Path, other: Path) -> bool:
     return all((one / path.name).read_bytes() == path.read_bytes() for path in other.iterdir())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_parts_make_the_same_folder_to_the_byte(many, tokenizer, tmp_path: Path, monkeypatch, workers: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_parts_make_the_same_folder_to_the_byte(many, tokenizer, tmp_path: Path, monkeypatch, count: int) -> None:
     assert len(parts.divide(many, tmp_path / "p", "k")) > 3
-    prepare_static(many, tokenizer, tmp_path / "parts", workers)
+    prepare_static(many, tokenizer, tmp_path / "parts", count)
     monkeypatch.setattr(parts, "PART_BYTES", 0)
     prepare_static(many, tokenizer, tmp_path / "files")
     monkeypatch.setattr(prepare, "divide", lambda *a: [None])
@@ -277,16 +280,16 @@ def large(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sour
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes that start at once; that fresh ones work too is seen in `..._to_the_byte[2]`."""
-    monkeypatch.setattr(parts, "get_context", lambda method: get_context("fork"))
+    monkeypatch.setattr(workers, "get_context", lambda method: get_context("fork"))
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_one_large_file_is_cut_and_makes_the_same_folder(large, tokenizer, tmp_path, monkeypatch, workers: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_large_file_is_cut_and_makes_the_same_folder(large, tokenizer, tmp_path, monkeypatch, count: int) -> None:
     made = parts.divide(large, tmp_path / "p", "k")
     assert sum(part.stretch is not None for part in made) > 5 and made[0].stretch is made[-1].stretch is None
     assert sum(part.size for part in made) == sum(path.stat().st_size for path in sources.expand(large[0]))
-    prepare_static(large, tokenizer, tmp_path / "parts", workers)
+    prepare_static(large, tokenizer, tmp_path / "parts", count)
     monkeypatch.setattr(prepare, "divide", lambda *a: [None])
     whole = prepare_static(large, tokenizer, tmp_path / "whole")
     assert same_files(tmp_path / "parts", whole.folder)
@@ -340,13 +343,17 @@ def test_too_much_that_is_bad_stops_parts_too(many, tokenizer, tmp_path: Path) -
 @pytest.mark.fault(row=25)
 @pytest.mark.usefixtures("forked")
 def test_a_worker_that_is_killed_is_named_and_nothing_hangs(many, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    """Row 25: kill -9 of a process that prepares text."""
     victim = TEXTS[0]
-    monkeypatch.setattr(parts, "_work", _die)
-    with pytest.raises(DataError, match="a worker process died; run the same command again"):
-        prepare_static(many, tokenizer, tmp_path / "static", workers=2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "tokenise", _die_at_the_third)
+        with pytest.raises(DataError, match=r"a worker process died .* run the same command again") as caught:
+            prepare_static(many, tokenizer, tmp_path / "static", workers=2)
+    assert re.search(rf"worker [01] at {tmp_path}/[ab]\d?\.jsonl:3\b", str(caught.value))
     assert documents(prepare_static(many, tokenizer, tmp_path / "static"))[0] == victim
 
 
-def _die(*args: object) -> None:
-    os.kill(os.getpid(), 9)
+def _die_at_the_third(texts, tokenizer) -> None:
+    for _ in range(3):
+        next(texts)
+    os.kill(os.getpid(), signal.SIGKILL)

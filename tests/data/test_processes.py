@@ -24,6 +24,7 @@ from fusiontree.data import (
     resolve_tokenizer,
     tokenizer,
     tokenizer_hash,
+    workers,
 )
 from fusiontree.data.locks import locked
 from fusiontree.errors import DataError
@@ -157,7 +158,7 @@ def test_workers_of_a_killed_prepare_end_and_the_next_one_goes_on(jsonl, tmp_pat
     """Row 25: kill -9 of `data prepare` while its workers write: they end too, and nothing half-made is used."""
     log = tmp_path / "work.log"
     monkeypatch.setattr(parts, "PART_BYTES", 2000)
-    monkeypatch.setattr(parts, "get_context", lambda method: fork)
+    monkeypatch.setattr(workers, "get_context", lambda method: fork)
     source, made = SourceConfig(path=jsonl(TEXTS)), tokenizer.byte_tokenizer()
     with monkeypatch.context() as patch:
         patch.setattr(parts, "tokenise", told(log, "stop", parts.tokenise, lambda: time.sleep(SECONDS)))
@@ -166,11 +167,11 @@ def test_workers_of_a_killed_prepare_end_and_the_next_one_goes_on(jsonl, tmp_pat
         wait_until(lambda: len(lines(log)) == 2)
     parent.kill()
     parent.join(SECONDS)
-    workers = [int(line.split()[1]) for line in lines(log)]
+    pids = [int(line.split()[1]) for line in lines(log)]
     try:
-        wait_until(lambda: not any(is_running(worker) for worker in workers))
+        wait_until(lambda: not any(is_running(worker) for worker in pids))
     finally:
-        for worker in filter(is_running, workers):
+        for worker in filter(is_running, pids):
             os.kill(worker, signal.SIGKILL)
     store = prepare_static([source], made, tmp_path / "static", workers=2)
     assert store.meta["documents"] == len(TEXTS)

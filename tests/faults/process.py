@@ -20,8 +20,10 @@ from fusiontree.cli.main import main
 
 PATIENCE = 120.0  # seconds; a busy machine takes many times what an idle one does
 ROOT = Path(__file__).resolve().parents[2]
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["fusiontree.train", "fusiontree.eval.perplexity", "transformers.models.auto", __name__])
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(
+    ["fusiontree.train", "datasets", "fusiontree.eval.perplexity", "transformers.models.auto", __name__]
+)
 
 Prepare = Callable[[], None]
 
@@ -35,7 +37,7 @@ class Child:
     def __init__(self, words: Sequence[str | Path], out: Path, prepare: Prepare | None = None) -> None:
         self.out = out
         arguments = (list(map(str, words)), str(out), prepare)
-        self.process = _forks.Process(target=_run, args=arguments, daemon=True)
+        self.process = forks.Process(target=_run, args=arguments, daemon=True)
 
     def __enter__(self) -> Child:
         self.process.start()

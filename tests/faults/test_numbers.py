@@ -21,8 +21,8 @@ EVERY_STEP = {"training__save_every": 1, "training__validation_every": None, "lo
 BAD = (3, 4, 6)
 
 
-def poison(where: str, steps: tuple[int, ...], value: float = math.nan) -> None:
-    """From now on put `value` into the loss, or into one entry of one gradient, in the second half of these steps."""
+def poison(where: str, steps: tuple[int, ...], value: float, per_step: int = 2) -> None:
+    """Put `value` into the loss, or into one entry of one gradient, in the last micro-batch of these steps."""
     calls, original = [0], HybridLanguageModel.forward
 
     def forward(self: HybridLanguageModel, *arguments: Any, **options: Any) -> Any:
@@ -30,8 +30,8 @@ def poison(where: str, steps: tuple[int, ...], value: float = math.nan) -> None:
         if not self.training:
             return out
         calls[0] += 1
-        step, second_half = (calls[0] + 1) // 2, calls[0] % 2 == 0
-        if step in steps and second_half:
+        step, before = divmod(calls[0], per_step)
+        if step in steps and not before:
             if where == "loss":
                 out["loss"] = out.loss * value
             else:

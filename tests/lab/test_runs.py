@@ -166,6 +166,27 @@ def test_a_real_run_says_how_it_ended(tmp_path: Path) -> None:
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+            "another process of the run was lost",
+        ),
+        (RuntimeError("weights of the wrong shape"), "weights of the wrong shape"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_ends_a_run_is_told_in_words(tmp_path: Path, error: Exception, why: str) -> None:
+    file = StateFile(tmp_path / "state.json")
+    with pytest.raises(type(error)):
+        try:
+            raise error
+        finally:
+            file.on_finish(Snapshot(1, 2, print))
+    assert told(tmp_path) == {"state": "failed", "error": why, "step": 1, "steps": 2}
+
+
 def test_a_full_disk_does_not_hide_the_error_that_ends_the_run(tmp_path: Path) -> None:
     heard: list[str] = []
     file = StateFile(tmp_path / "gone" / "state.json")

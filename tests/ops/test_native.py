@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,10 @@ def test_wrong_sizes_never_reach_a_kernel() -> None:
             mamba_step(*wrong, weights, sizes)
     with pytest.raises(RuntimeError):
         mamba_step(projected, conv, ssm[:, :, :, :-1], weights, sizes)
+    for field in fields(weights):
+        absent = replace(weights, **{field.name: getattr(weights, field.name)[:0]})  # as an engine leaves a sharded one
+        with pytest.raises(RuntimeError):
+            mamba_step(projected, conv, ssm, absent, sizes)
     coarse = mamba_step(projected, conv, ssm.half(), weights, sizes)  # not the fp32 that the kernel reads
     want = mamba_step_reference(projected, conv, ssm.half(), weights, sizes)
     assert all(torch.equal(got, expected) for got, expected in zip(coarse, want, strict=True))

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+from filelock import FileLock
 
 from fusiontree.recipes.probes import training_probes
 from fusiontree.train import Callback, train
@@ -46,6 +50,22 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path, timeout: fl
                "-m", "tests.train.processes", str(path)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
+
+
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that is filled once for all workers of pytest-xdist; the others wait for it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        fill(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            fill(folder)
+            (folder / "filled").touch()
+    assert (folder / "filled").exists(), f"another worker could not fill {folder}"
+    return folder
 
 
 def samples(run_dir: Path) -> dict[int, list[int]]:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from fusiontree import HybridLanguageModel
 from fusiontree.train import latest_checkpoint
-from tests.train.processes import launch, run_job, samples
+from tests.train.processes import launch, once, run_job, samples
 from tests.train.tiny import lines, tiny_content, write_text
 
 STEPS, MIDDLE = 20, 10
@@ -81,7 +81,12 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """One process trains, and two with each engine; DeepSpeed, which keeps global state, apart from the others."""
-    place = Place(tmp_path_factory.mktemp("engines"))
+    return Place(once(tmp_path_factory, "engines", train_all))
+
+
+def train_all(folder: Path) -> None:
+    """Every run that several tests look at."""
+    place = Place(folder)
     write_text(place.folder / "text.txt", documents=200)
     for name, content in DEEPSPEED.items():
         (place.folder / f"{name}.json").write_text(json.dumps(content))
@@ -95,7 +100,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     launch(2, [place.content("zero2", "zero2"), place.content("fsdp then zero2", "zero2")], place.folder)
     place.halfway("ddp", "ddp then zero3")
     launch(2, [place.content("zero3", "zero3"), place.content("ddp then zero3", "zero3")], place.folder)
-    return place
 
 
 def losses(run_dir: Path) -> dict[int, float]:

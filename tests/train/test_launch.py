@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fusiontree.errors import ConfigError
+from fusiontree.models import HybridLanguageModel, compile_blocks
 from fusiontree.train import latest_checkpoint, train
 from fusiontree.train.strategies import build_strategy
 from tests.train.tiny import lines, tiny_config, tiny_file
@@ -174,3 +175,18 @@ def test_fp16_halves_its_loss_scale_until_the_gradients_fit(tmp_path: Path) -> N
     assert 1 <= scale <= 2.0**16
     resumed = train(tiny_config(tmp_path, training__precision="fp16", training__steps=22, training__save_every=10))
     assert resumed.step == 22
+
+
+def test_compiled_blocks_train_the_same(
+    tmp_path: Path, alone: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_quickly(model: HybridLanguageModel) -> None:
+        compiled.append(model)
+        compile_blocks(model, "aot_eager")
+
+    monkeypatch.setattr("fusiontree.train.engine.compile_blocks", compile_quickly)
+    train(tiny_config(tmp_path, **FOUR_ROWS, model__drop_branch_prob=0.0, training__compile=True))
+    assert len(compiled) == 1
+    assert_as_alone(tmp_path / "run", alone)

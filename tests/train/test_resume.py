@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +12,7 @@ import pytest
 
 from fusiontree.errors import CheckpointError, DataError
 from fusiontree.train import Callback, latest_checkpoint, train
-from fusiontree.train.checkpoint import list_checkpoints
-from fusiontree.train.yaml_files import write_yaml
-from tests.train.tiny import lines, state_hashes, tiny_config, tiny_content, write_text
-
-COMMAND = """
-import sys
-from fusiontree.errors import FusionTreeError
-from fusiontree.train import load_config, train
-try:
-    print("interrupted" if train(load_config(sys.argv[1])).interrupted else "done")
-except FusionTreeError as error:
-    sys.exit(f"error: {error}")
-"""
+from tests.train.tiny import lines, state_hashes, tiny_config, write_text
 
 
 class StopAfter(Callback):
@@ -85,83 +70,6 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
     )
     assert result.step == 10
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, 11))
-
-
-def start(folder: Path, **changes: Any) -> subprocess.Popen[str]:
-    content = tiny_content(folder, logging__console="plain", **changes)
-    path = Path(content["system"]["run_dir"]).with_suffix(".yaml")
-    path.write_text(write_yaml(content), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", COMMAND, str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the metrics show the step; fails when the process ends first or a minute goes by."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        found = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").exists() else ""
-        if f'{{"step": {step}, "loss"' in found:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.kill()
-    pytest.fail(f"step {step} never came")
-
-
-LONG = {"training__steps": 24, "training__save_every": 3, "training__validation_every": 10}
-
-
-@pytest.mark.fault(row=1)
-def test_sigkill_in_the_middle_changes_nothing(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(tiny_config(tmp_path, system__run_dir=str(whole), **LONG))
-    for step in (8, 16):
-        process = start(tmp_path, system__run_dir=str(killed), **LONG)
-        wait_for_step(killed, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    process = start(tmp_path, system__run_dir=str(killed), **LONG)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "going on from step" in output
-    assert_same_run(whole, killed)
-    assert not list((killed / "checkpoints").glob("*.tmp"))
-
-
-@pytest.mark.fault(row=2)
-@pytest.mark.fault(row=3)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
-    changes = {**LONG, "training__steps": 5000, "training__save_every": None, "training__validation_every": None}
-    process = start(tmp_path, **changes)
-    wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(number)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert output.rstrip().endswith("interrupted") and "run the same command again to go on" in output
-    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    last = [line["step"] for line in lines(tmp_path / "run") if "loss" in line][-1]
-    assert folder.name == f"step-{last:08d}" and latest_checkpoint(tmp_path / "run") == folder
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
-
-
-@pytest.mark.fault(row=4)
-def test_a_full_disk_ends_with_one_line_and_the_older_checkpoint(tmp_path: Path) -> None:
-    """The child may not write files beyond a size that its second checkpoint's logs and weights pass."""
-    config = tiny_content(tmp_path, logging__console="plain")
-    path = tmp_path / "config.yaml"
-    path.write_text(write_yaml(config), encoding="utf-8")
-    train(tiny_config(tmp_path, training__steps=2))
-    size = (latest_checkpoint(tmp_path / "run") / "model.safetensors").stat().st_size  # type: ignore[operator]
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size - 1},) * 2)\n"
-    command = [sys.executable, "-c", limit + COMMAND, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "step-00000004: the checkpoint cannot be written" in done.stderr and "Traceback" not in done.stderr
-    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-    assert train(tiny_config(tmp_path)).step == 8
 
 
 @pytest.mark.fault(row=6)
@@ -226,3 +134,12 @@ def test_other_text_is_refused(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt", seed=1)
     with pytest.raises(DataError, match="fingerprint"):
         train(tiny_config(tmp_path, training__steps=4))
+
+
+@pytest.mark.fault(row=13)
+def test_other_text_is_taken_when_that_is_asked_for_and_only_then(tmp_path: Path) -> None:
+    train(tiny_config(tmp_path, training__steps=2))
+    write_text(tmp_path / "text.txt", seed=1)
+    assert train(tiny_config(tmp_path, training__steps=4, data__allow_changed=True)).step == 4
+    assert "allow_changed" not in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert train(tiny_config(tmp_path, training__steps=6)).step == 6
