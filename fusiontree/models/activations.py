@@ -1,8 +1,8 @@
 """What a forward pass keeps for its backward, counted from the config alone.
 
-Every term names the tensors that autograd holds: the inputs of matrix products, the results of exp, softmax, sigmoid and
-tanh, both factors of a product. A test compares the sums with what autograd really holds.
-Shapes, per token: H hidden, E inner width, C convolution channels, h Mamba heads, N state, G groups, Q chunk, P head size.
+Every term names the tensors that autograd holds: the inputs of matrix products, the results of exp, softmax, sigmoid
+and tanh, both factors of a product. A test compares the sums with what autograd really holds. A new kind of mixer, norm
+or gate has its terms here.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _masks(config: HybridConfig, run: Pass) -> int:
         if window is not None and window < run.length:
             block, before = window_blocks(run.length, window)
             total += rows * -(-run.length // block) * block * (before + 1) * block
-    wide = any(global_heads(config, spec) for spec in specs) or any(window and window >= run.length for window in windows)
+    wide = any(global_heads(config, spec) for spec in specs) or any(w and w >= run.length for w in windows)
     if run.packed and wide and query_block(run.length, run.length) == run.length:
         total += rows * run.length**2
     return run.value_bytes * total

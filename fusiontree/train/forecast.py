@@ -18,7 +18,9 @@ from fusiontree.train.config import RunConfig
 from fusiontree.train.holdings import Holdings, holdings
 
 _F32 = 4
-_IN_FLIGHT = {"none": 4, "branches": 8, "block": 4}  # fp32 tensors of H per token: gradients while a layer is gone through
+# Gradients on their way through a layer, in fp32 tensors of H per token: measured, see the test.
+_IN_FLIGHT = {"none": 4, "branches": 8, "block": 4}
+_SCORED_AT_ONCE = 2048  # tokens, in eval.perplexity
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,28 @@ class Forecast:
 
 
 def forecast(
-    config: RunConfig, model: HybridConfig, processes: int = 1, device: str = "cuda", teacher: HybridConfig | None = None
+    config: RunConfig,
+    model: HybridConfig,
+    processes: int = 1,
+    device: str = "cuda",
+    teacher: HybridConfig | None = None,
 ) -> Forecast:
-    """The worst moment over all stages of the run. Raises ConfigError when the processes cannot divide a step."""
+    """The worst moment of the run. Raises ConfigError when the processes cannot divide a step."""
+    return max(by_stage(config, model, processes, device, teacher), key=lambda one: one.total)
+
+
+def by_stage(
+    config: RunConfig, model: HybridConfig, processes: int, device: str, teacher: HybridConfig | None = None
+) -> list[Forecast]:
+    """The worst moment of each stage of the curriculum."""
     held = holdings(config, model, processes)
-    found = [
-        Forecast(processes, device, stage, mode, moment, dict(parts), held.host)
-        for stage in config.training.stages(processes)
-        for mode in [checkpointing_at(config, stage)]
-        for moment, parts in _moments(_Step(config, model, stage, mode, device, held, teacher)).items()
-    ]
-    return max(found, key=lambda one: one.total)
+    found = []
+    for stage in config.training.stages(processes):
+        mode = checkpointing_at(config, stage)
+        moments = _moments(_Step(config, model, stage, mode, device, held, teacher))
+        worst = max(moments, key=lambda moment: moments[moment].total())
+        found.append(Forecast(processes, device, stage, mode, worst, dict(moments[worst]), held.host))
+    return found
 
 
 def checkpointing_at(config: RunConfig, stage: Stage) -> str:
@@ -203,11 +216,11 @@ def _at_update(step: _Step) -> Parts:
 
 
 def _at_validation(step: _Step) -> Parts:
-    """Logits of a batch, in fp32 too, and their softmax; nothing is kept."""
+    """As `eval.perplexity` measures it: the logits of a batch, those of them that count, and the softmax of some."""
     settings, value = step.config.training, step.run.value_bytes
     tokens = settings.micro_batch_size * settings.sequence_length
     parts = _standing(step)
     parts["gradients"] = step.held.standing
-    wide = 2 * _F32 + (value if value != _F32 else 0)
-    parts["transient"] = tokens * step.model.vocab_size * wide + step.held.gathered
+    softmax = min(tokens, _SCORED_AT_ONCE) * (_F32 if value == _F32 else 2 * _F32)
+    parts["transient"] = (2 * value * tokens + softmax) * step.model.vocab_size + step.held.gathered
     return parts

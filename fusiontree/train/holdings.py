@@ -5,16 +5,15 @@ All engines keep weights in fp32 and compute under autocast. P parameters, N pro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from fusiontree.errors import ConfigError
 from fusiontree.models import HybridConfig, account
 from fusiontree.models.accounting import projections
 from fusiontree.train.config import RunConfig
+from fusiontree.train.strategies.zero import read_deepspeed
 
 _F32 = 4
 # What DeepSpeed takes where the file is silent: elements, and whether exchanges run beside the compute.
@@ -89,7 +88,7 @@ def _ddp(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
 
 
 def _fsdp(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
-    """Divided block by block: the block at work is whole, the next on its way; what is in no block, whole throughout."""
+    """Divided block by block: the block at work is whole, the next on its way; what is in no block stays whole."""
     total, largest, rest = _blocks(model)
     own = -(-total // processes)
     alone = _optimizer(config, model) // processes
@@ -119,7 +118,8 @@ def _blocks(model: HybridConfig) -> tuple[int, int, int]:
 
 def _deepspeed(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
     """ZeRO as the file says; its optimizer works on a second fp32 copy of the process's part of the weights."""
-    zero = _zero_settings(config)
+    assert config.system.deepspeed is not None
+    zero = read_deepspeed(config.system.deepspeed, config.training)["zero_optimization"]
     total = _F32 * account(model).total_parameters
     own = -(-total // processes)
     state = own + _optimizer(config, model) // processes
@@ -160,13 +160,3 @@ def _elements(zero: dict[str, Any], name: str, default: int) -> int:
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:
     return (zero.get(what) or {}).get("device", "none") != "none"
-
-
-def _zero_settings(config: RunConfig) -> dict[str, Any]:
-    path = config.system.deepspeed
-    assert path is not None
-    try:
-        zero: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"system.deepspeed: {path}: cannot be read: {error}") from error
-    return zero

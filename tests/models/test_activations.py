@@ -106,7 +106,7 @@ def test_counted_is_what_autograd_keeps(name: str, bf16: bool) -> None:
 
 
 def test_masks_of_long_packed_rows_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the mask budget heads that see everything go block by block; keys that several heads share are copied once."""
+    """Past the mask budget heads that see everything go block by block; shared keys are copied once."""
     monkeypatch.setattr(sys.modules["fusiontree.ops.attention"], "_BLOCK_BUDGET", 64 * LENGTH)
     model = built("sandwich, shared keys")
     documents = (torch.arange(LENGTH) % 70).expand(ROWS, LENGTH).contiguous()

@@ -1,9 +1,9 @@
 """Training steps in processes of their own, and the memory that they take; prints a JSON line per run.
 
-Run as `python -m tests.train.memory_child JOBS`, or under torchrun; JOBS is a JSON file of what `tiny_config` takes. On a
-CPU the figure is the kernel's own: the high-water mark of the resident set, reset when the model stands. The parent sets
-MALLOC_MMAP_THRESHOLD_, so that every tensor of some size is a mapping of its own, and the resident set is what lives.
-On a GPU it is torch's count of what it allocated.
+Run as `python -m tests.train.memory_child JOBS`, or under torchrun; JOBS is a JSON file of what `tiny_config` takes. On
+a CPU the figure is the kernel's own: the high-water mark of the resident set, reset when the model stands. The parent
+sets MALLOC_MMAP_THRESHOLD_, so that every tensor of some size is a mapping of its own, and the resident set is what
+lives. On a GPU it is torch's count of what it allocated.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def config_of(folder: Path, changes: dict[str, Any]) -> RunConfig:
 
 
 def measured(folder: Path, jobs: list[dict[str, Any]], processes: int = 1) -> list[dict[str, int]]:
-    """Do the jobs, in several processes by torchrun; bytes `before`, `built` and `peak` of each, of the first process."""
-    for name in (f"{number}{part}" for number in range(len(jobs)) for part in ("", "-first")):
+    """Do the jobs, in several processes by torchrun; bytes `before`, `built` and `peak` of each, in the first one."""
+    for name in (f"job-{number}{part}" for number in range(len(jobs)) for part in ("", "-first")):
         (folder / name).mkdir()
         write_text(folder / name / "text.txt", documents=300)
     file = folder / "jobs.json"
@@ -73,7 +73,7 @@ def measured(folder: Path, jobs: list[dict[str, Any]], processes: int = 1) -> li
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "tests.train.memory_child", str(file)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"before"')]
 
@@ -82,7 +82,7 @@ def main(file: Path) -> None:
     for number, job in enumerate(json.loads(file.read_text(encoding="utf-8"))):
         # What libraries take when they are first used is not the run's memory: a tiny run under the same engine first.
         engine = {key: value for key, value in job.items() if key.startswith("system__")}
-        for folder, changes in ((f"{number}-first", engine), (str(number), job)):
+        for folder, changes in ((f"job-{number}-first", engine), (f"job-{number}", job)):
             config = config_of(file.parent / folder, changes)
             watch = Watch(config.system.device)
             train(config, callbacks=[watch])

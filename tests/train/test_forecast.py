@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from fusiontree.errors import ConfigError
+from fusiontree.eval.perplexity import evaluate_loss
 from fusiontree.models import account
 from fusiontree.train import train
 from fusiontree.train.build import build_model, model_config
 from fusiontree.train.callbacks import Callback, Snapshot
-from fusiontree.train.config import RunConfig, load_config
+from fusiontree.train.config import RunConfig
 from fusiontree.train.forecast import Forecast, forecast
 from fusiontree.train.holdings import holdings
 from tests.train.live import Live
 from tests.train.memory_child import config_of, measured
 from tests.train.tiny import tiny_config
 
-ROOT = Path(__file__).parents[2]
 WITHIN = 0.15
 SMALL: dict[str, Any] = {
     "model__vocab_size": 1024,
@@ -72,7 +72,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "gates decided": {"training__loss": {"entropy_weight": 0.1}},
     "muon": {"training__optimizer": "muon", "training__activation_checkpointing": "block"},
     "pyramid, longer rows": {"model__window_growth": 4, "training__curriculum": [[256, 1], [512, 2]]},
-    "validation": {"data__validation_fraction": 0.1, "model__vocab_size": 30000},
+    "validation": {
+        "data__validation_fraction": 0.1,
+        "model__vocab_size": 60000,
+        "training__sequence_length": 512,
+        "training__validation_every": 1,
+    },
 }
 
 
@@ -100,7 +105,7 @@ def test_a_step_takes_what_torch_allocates(name: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **{**SMALL, **STEPS[name], "training__steps": 3})
     model = build_model(config)
     live = Live(model)
-    train(config, model=model, callbacks=[Counted(live, 3)])
+    train(config, model=model, callbacks=[Counted(live, 3)], evaluate=evaluate_loss)
     assert coming(config).on_top == pytest.approx(live.peak, rel=0.08)
 
 
@@ -113,29 +118,91 @@ def test_a_process_takes_what_is_forecast(tmp_path: Path) -> None:
     for number, (job, found) in enumerate(zip(jobs, measured(tmp_path, jobs), strict=True)):
         grown = found["peak"] - found["built"]
         assert grown > 300e6
-        expected = coming(config_of(tmp_path / str(number), job)).on_top
+        expected = coming(config_of(tmp_path / f"job-{number}", job)).on_top
         assert expected == pytest.approx(grown, rel=WITHIN), (job, expected, grown)
 
 
 def test_processes_that_share_a_model_take_what_is_forecast(tmp_path: Path) -> None:
     """From before the model was built, as an engine divides it then; one host holds what would be offloaded, too."""
-    zero: dict[str, Any] = {"reduce_bucket_size": 2_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    buckets: dict[str, Any] = {"reduce_bucket_size": 2_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    engines: list[dict[str, Any]] = [{"system__engine": "ddp"}, {"system__engine": "fsdp"}]
     for stage in (2, 3):
-        content = {"zero_optimization": {**zero, "stage": stage}}
-        (tmp_path / f"zero{stage}.json").write_text(json.dumps(content), encoding="utf-8")
-    engines = {
-        "ddp": {},
-        "fsdp": {},
-        **{f"zero{stage}": {"system__deepspeed": str(tmp_path / f"zero{stage}.json")} for stage in (2, 3)},
-    }
-    jobs = [
-        {**WIDE, "system__engine": "deepspeed" if "zero" in name else name, **settings}
-        for name, settings in engines.items()
-    ]
+        (tmp_path / str(stage)).mkdir()
+        engines.append(zero(tmp_path / str(stage), stage, **buckets))
+    jobs = [{**WIDE, **engine} for engine in engines]
     for number, (job, found) in enumerate(zip(jobs, measured(tmp_path, jobs, processes=2), strict=True)):
         grown = found["peak"] - found["before"]
-        expected = coming(config_of(tmp_path / str(number), job), processes=2)
+        expected = coming(config_of(tmp_path / f"job-{number}", job), processes=2)
         assert expected.total + sum(expected.host.values()) == pytest.approx(grown, rel=WITHIN), (job, expected, grown)
+
+
+def states(changes: dict[str, Any], tmp_path: Path, processes: int = 1) -> Any:
+    config = tiny_config(tmp_path, **{**WIDE, **changes})
+    return holdings(config, model_config(config), processes), 4 * account(model_config(config)).total_parameters
+
+
+def zero(tmp_path: Path, stage: int, **settings: Any) -> dict[str, Any]:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings}}), encoding="utf-8")
+    return {"system__engine": "deepspeed", "system__deepspeed": str(file)}
+
+
+def test_engines_divide_what_they_say_they_divide(tmp_path: Path) -> None:
+    alone, size = states({"system__engine": "single"}, tmp_path)
+    assert (alone.weights, alone.gradients, alone.optimizer, alone.host) == (size, size, 2 * size, {})
+    copied, _ = states({"system__engine": "ddp"}, tmp_path, 4)
+    assert (copied.weights, copied.standing, copied.accumulated) == (size, size, 2 * size)
+    divided, _ = states({"system__engine": "fsdp"}, tmp_path, 4)
+    assert (divided.weights, divided.gradients, divided.optimizer) == (size // 4, size // 4, size // 2)
+    two, _ = states(zero(tmp_path, 2), tmp_path, 4)
+    assert (two.weights, two.gradients, two.optimizer) == (size, size // 4, 3 * size // 4)
+    three, _ = states(zero(tmp_path, 3), tmp_path, 4)
+    assert (three.weights, three.gradients, three.optimizer) == (size // 4, size // 4, 3 * size // 4)
+
+
+def test_what_is_offloaded_is_the_hosts(tmp_path: Path) -> None:
+    host = {"device": "cpu"}
+    offloads = {
+        "fsdp": {"system__engine": "fsdp", "system__offload": True},
+        "zero": zero(tmp_path, 3, offload_optimizer=host, offload_param=host, reduce_bucket_size=1_000_000),
+    }
+    for name, changes in offloads.items():
+        held, size = states(changes, tmp_path, 4)
+        assert (held.weights, held.gradients, held.optimizer) == (0, 0, 0), name
+        assert held.host["weights"] == size // 4 and sum(held.host.values()) >= size, name
+    half, size = states(zero(tmp_path, 2, offload_optimizer=host), tmp_path, 4)
+    assert (half.weights, half.optimizer) == (size, 0) and half.host["optimizer"] == 3 * size // 4
+
+
+def test_the_worst_stage_and_the_more_recomputed_the_less_kept(tmp_path: Path) -> None:
+    lengths = tiny_config(
+        tmp_path, **{**SMALL, "training__accumulation_steps": 2}, training__curriculum=[[256, 2], [1024, 2], [512, 4]]
+    )
+    worst = coming(lengths)
+    assert (worst.stage.length, worst.checkpointing) == (1024, "block")
+    one, two, three = (
+        coming(tiny_config(tmp_path, **{**LONG, "training__activation_checkpointing": mode})).total
+        for mode in ("none", "branches", "block")
+    )
+    assert one > two > three
+    halves = coming(tiny_config(tmp_path, **{**LONG, "training__micro_batch_size": 4}), processes=2)
+    assert halves.stage.micro_batch_size == 2
+
+
+def test_what_cannot_be_run_is_not_forecast(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="divided among 3 processes"):
+        coming(tiny_config(tmp_path, **SMALL), processes=3)
+    with pytest.raises(ConfigError, match="single is one process"):
+        coming(tiny_config(tmp_path, **{**SMALL, "system__engine": "single"}), processes=2)
+
+
+def test_a_teacher_costs_its_weights_and_all_logits(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **SMALL)
+    model = model_config(config)
+    alone, taught = forecast(config, model, device="cpu"), forecast(config, model, device="cpu", teacher=model)
+    size = 4 * account(model).total_parameters
+    logits = config.training.sequence_length * config.training.micro_batch_size * model.vocab_size * 4
+    assert taught.total > alone.total + size + 3 * logits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -149,5 +216,5 @@ def test_a_gpu_takes_what_is_forecast(checkpointing: str, tmp_path: Path) -> Non
         "system__device": "cuda",
     }
     found = measured(tmp_path, [job])[0]
-    expected = coming(config_of(tmp_path / "0", job), device="cuda").on_top
+    expected = coming(config_of(tmp_path / "job-0", job), device="cuda").on_top
     assert expected == pytest.approx(found["peak"] - found["built"], rel=WITHIN)
