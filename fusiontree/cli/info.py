@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,9 +17,18 @@ if TYPE_CHECKING:
 
     from fusiontree.models.accounting import Accounting
     from fusiontree.models.config import HybridConfig
+    from fusiontree.train.config import RunConfig
+    from fusiontree.train.forecast import Forecast
 
 WITHOUT_TOKENIZER = 32000
 UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+class Device(str, Enum):
+    """Where a run computes."""
+
+    cuda = "cuda"
+    cpu = "cpu"
 
 
 def info(
@@ -26,26 +38,40 @@ def info(
             help="Config (YAML), model folder, or run folder.", metavar="CONFIG_OR_CHECKPOINT", show_default=False
         ),
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the config's."),
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens per row; left out: a config's sequence_length, else 1024.", min=1)
+        int | None, typer.Option(help="Tokens of a cache; left out: a config's sequence_length, else 1024.", min=1)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows; left out: a config's micro_batch_size, else 1.", min=1)
+        int | None, typer.Option(help="Rows of a cache; left out: a config's micro_batch_size, else 1.", min=1)
     ] = None,
+    processes: Annotated[int, typer.Option(help="Of the training that the config describes.", min=1)] = 1,
+    device: Annotated[Device, typer.Option(help="What it trains on.")] = Device.cuda,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
 ) -> None:
     """Parameters per part, FLOPs per token, bytes of weights and states, training memory; nothing is built."""
+    import json
+
     from rich.console import Console
     from rich.markup import escape
 
     from fusiontree.models.accounting import account
 
-    found = read_target(target)
+    found = read_target(target, overrides or [])
     counted = account(found.config, length=length or found.length, batch_size=batch_size or found.rows)
+    coming = None if found.run is None else forecast_of(found.run, found.config, processes, device.value)
+    if as_json:
+        typer.echo(json.dumps(facts(counted, coming), indent=2))
+        return
     console = Console(highlight=False)
     console.print(f"[bold]{escape(str(target))}[/bold]: {describe(found.config)}", soft_wrap=True)
     if found.note:
         console.print(found.note, soft_wrap=True)
-    for table in (parameter_table(counted), memory_table(counted), layer_table(counted)):
+    tables = [parameter_table(counted), memory_table(counted), layer_table(counted)]
+    for table in [*tables, *([] if coming is None else [training_table(coming)])]:
         console.print(table)
 
 
@@ -56,26 +82,32 @@ class Target(NamedTuple):
     length: int = 1024
     rows: int = 1
     note: str = ""
+    run: RunConfig | None = None
 
 
-def read_target(target: Path) -> Target:
+def read_target(target: Path, overrides: Sequence[str] = ()) -> Target:
     """What a YAML config, a model folder or a run folder stands for; a FusionTreeError when it is none of them."""
     if target.is_dir():
+        if overrides:
+            raise ConfigError(f"{overrides[0]}: {target} is a model; only a config's settings can be changed")
         return Target(_of_folder(target))
     if target.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{target}: not a YAML config, a model folder or a run folder")
+    from fusiontree.data.tokenizer import BYTE, SMALLEST_VOCABULARY
     from fusiontree.train.build import model_config
     from fusiontree.train.config import load_config
 
-    run = load_config(target)
+    run = load_config(target, overrides)
     shape = (run.training.sequence_length, run.training.micro_batch_size)
     if "vocab_size" in run.model:
-        return Target(model_config(run), *shape)
+        return Target(model_config(run), *shape, run=run)
     size, origin = run.data.tokenizer.train_vocab_size, "of the tokenizer that this config trains"
+    if run.data.tokenizer.path == BYTE:
+        size, origin = SMALLEST_VOCABULARY, "one id per byte, the end and padding"
     if size is None:
         size, origin = WITHOUT_TOKENIZER, "assumed: the tokenizer, which is not read here, decides"
     sized = run.model_copy(update={"model": {**run.model, "vocab_size": size}})
-    return Target(model_config(sized), *shape, f"vocabulary {size:,}: {origin}")
+    return Target(model_config(sized), *shape, f"vocabulary {size:,}: {origin}", run)
 
 
 def _of_folder(folder: Path) -> HybridConfig:
@@ -95,6 +127,29 @@ def _of_folder(folder: Path) -> HybridConfig:
             f"{place}: config.json has model_type {kind!r}; only {HybridConfig.model_type!r} is allowed"
         )
     return HybridConfig.from_dict(content)
+
+
+def forecast_of(run: RunConfig, model: HybridConfig, processes: int, device: str) -> Forecast:
+    """Of a run's training; a teacher's folder, when there is one, is read for its size."""
+    from fusiontree.train.forecast import forecast
+
+    teacher = None if run.training.teacher is None else _of_folder(Path(run.training.teacher))
+    return forecast(run, model, processes, device, teacher)
+
+
+def facts(counted: Accounting, coming: Forecast | None) -> dict[str, Any]:
+    """All figures as JSON has them."""
+    training = None
+    if coming is not None:
+        training = {**asdict(coming), "total": coming.total}
+    return {
+        "parameters": counted.parameters,
+        "total_parameters": counted.total_parameters,
+        "flops_per_token": counted.flops_per_token,
+        "weight_bytes": {"float32": counted.weight_bytes(4), "bfloat16": counted.weight_bytes(2)},
+        "cache": {"rows": counted.batch_size, "length": counted.length, "bytes": counted.state_bytes},
+        "training": training,
+    }
 
 
 def describe(config: HybridConfig) -> str:
@@ -129,10 +184,21 @@ def memory_table(counted: Accounting) -> Table:
     for name, size in counted.state_bytes.items():
         table.add_row(f"state {name}, {rows}", human(size))
     table.add_row(f"state in all, {rows}", human(sum(counted.state_bytes.values())))
+    return table
+
+
+def training_table(coming: Forecast) -> Table:
+    """What one process holds at the run's worst moment."""
+    stage = coming.stage
+    cut = f"{stage.accumulation_steps} × {stage.micro_batch_size} rows of {stage.length:,} tokens"
+    table = _table(f"training, each of {coming.processes} on {coming.device}", "bytes")
+    for name, size in coming.parts.items():
+        if size:
+            table.add_row(name, human(size))
     table.add_section()
-    for name, size in counted.training_parts.items():
-        table.add_row(f"training: {name}{' (about)' if name == 'activations' else ''}", human(size))
-    table.add_row("training in all, about", human(sum(counted.training_parts.values())))
+    table.add_row(f"at most, in the {coming.moment} ({cut}, recomputed: {coming.checkpointing})", human(coming.total))
+    for name, size in coming.host.items():
+        table.add_row(f"in the host's memory: {name}", human(size))
     return table
 
 

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its config alone: parameters, FLOPs, bytes of weights, states and training.
+"""What a model costs, counted from its config alone: parameters, FLOPs, bytes of weights and states.
 
 FLOPs are of one forward over `length` tokens, a multiply and an add being two; attention counts only the keys that a
 query may see.
@@ -41,7 +41,6 @@ class Accounting:
     flops: dict[str, float]  # part → forward FLOPs per token
     state_bytes: dict[str, int]  # ssm, conv, local_kv, global_kv, progress → bytes a cache holds after `length` tokens
     fp32_parameters: int  # A_log, dt_bias and D: fp32 whatever the weights' dtype
-    activation_bytes: int  # kept for the backward of one batch, roughly: fp32, nothing recomputed
     per_layer: list[LayerAccount]
 
     @property
@@ -57,35 +56,23 @@ class Accounting:
         """Bytes of the weights in a dtype of `dtype_bytes`."""
         return self.total_parameters * dtype_bytes + self.fp32_parameters * (4 - dtype_bytes)
 
-    @property
-    def training_parts(self) -> dict[str, int]:
-        """Bytes of training in fp32: weights, gradients, AdamW's two moments, and roughly the activations."""
-        each = self.total_parameters * 4
-        return {"weights": each, "gradients": each, "optimizer": 2 * each, "activations": self.activation_bytes}
-
-    @property
-    def training_bytes(self) -> int:
-        """Bytes of weights, gradients and AdamW in fp32; `activation_bytes` come on top and depend on the batch."""
-        return 16 * self.total_parameters
-
 
 def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype_bytes: int = 4) -> Accounting:
     """Count `config` for `batch_size` rows of `length` tokens; `dtype_bytes` is the size of a cached value."""
     layers = []
-    parameters, flops, activations = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0)), 0
+    parameters, flops = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0))
     for i, spec in enumerate(config.layer_specs):
         own, work = _layer_parameters(config, spec), _layer_flops(config, spec, length)
         states = _layer_states(config, spec, length, batch_size, dtype_bytes)
         layers.append(LayerAccount(i, spec.block, spec.mixers, dict(own), sum(work.values()), states))
         parameters.update(own)
         flops.update(work)
-        activations += _layer_activations(config, spec)
     vocabulary = config.vocab_size * config.hidden_size
     parameters["embedding"] = vocabulary
     parameters["lm_head"] = 0 if config.tie_word_embeddings else vocabulary
     parameters["norm"] += 0 if _ends_normed(config) else config.hidden_size
     flops["lm_head"] = 2 * vocabulary
-    if config.srte_shared and any(_has_time(config, spec) for spec in config.layer_specs):
+    if config.srte_shared and any(has_time(config, spec) for spec in config.layer_specs):
         parameters["srte"] += _srte_parameters(config)
         flops["srte"] += _srte_flops(config)
     states = Counter({"ssm": 0, "conv": 0, "local_kv": 0, "global_kv": 0})
@@ -99,7 +86,6 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
         flops=dict(flops),
         state_bytes={**states, "progress": _PROGRESS_BYTES * batch_size},
         fp32_parameters=3 * config.mamba_num_heads * mamba_layers,
-        activation_bytes=4 * batch_size * length * (activations + config.hidden_size + 2 * config.vocab_size),
         per_layer=layers,
     )
 
@@ -108,7 +94,7 @@ def _ends_normed(config: HybridConfig) -> bool:
     return config.norm_placement == "post" and config.layer_specs[-1].block == "hybrid"
 
 
-def _has_time(config: HybridConfig, spec: LayerSpec) -> bool:
+def has_time(config: HybridConfig, spec: LayerSpec) -> bool:
     return config.srte != "none" and spec.block == "hybrid" and "mamba" in spec.mixers
 
 
@@ -121,16 +107,16 @@ def _srte_flops(config: HybridConfig) -> int:
     return 2 * config.srte_rank * config.hidden_size if config.srte == "low_rank" else 0
 
 
-def _mamba_channels(config: HybridConfig) -> int:
+def mamba_channels(config: HybridConfig) -> int:
     """Channels of the convolution: x, B and C."""
     return config.mamba_inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
 
 
-def _projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
+def projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
     """Weights that stand in a matrix product with every token, by part."""
     hidden, inner, counts = config.hidden_size, config.mamba_inner_size, Counter[str]()
     if "mamba" in spec.mixers:
-        counts["mamba"] = hidden * (2 * inner + _mamba_channels(config) + config.mamba_num_heads)
+        counts["mamba"] = hidden * (2 * inner + mamba_channels(config) + config.mamba_num_heads)
     if "attention" in spec.mixers:
         query = config.num_attention_heads * config.head_dim
         counts["attention"] = 2 * hidden * (query + config.num_key_value_heads * config.head_dim)
@@ -145,7 +131,7 @@ def _projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
 
 
 def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
-    counts = _projections(config, spec)
+    counts = projections(config, spec)
     norms = 1
     if spec.block == "hybrid":
         norms += config.norm_placement != "pre"
@@ -154,21 +140,21 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
         norms += config.mlp_type != "none"
     counts["norm"] = norms * config.hidden_size
     if "mamba" in spec.mixers:
-        convolution = _mamba_channels(config) * (config.mamba_d_conv + 1)
+        convolution = mamba_channels(config) * (config.mamba_d_conv + 1)
         counts["mamba"] += convolution + 3 * config.mamba_num_heads + config.mamba_inner_size
-    if _has_time(config, spec) and not config.srte_shared:
+    if has_time(config, spec) and not config.srte_shared:
         counts["srte"] = _srte_parameters(config)
     return counts
 
 
 def _layer_flops(config: HybridConfig, spec: LayerSpec, length: int) -> Counter[str]:
     """Per token, mean over a row of `length`."""
-    flops: Counter[str] = Counter({part: 2 * count for part, count in _projections(config, spec).items()})
+    flops: Counter[str] = Counter({part: 2 * count for part, count in projections(config, spec).items()})
     if "mamba" in spec.mixers:
-        flops["mamba"] += 2 * config.mamba_d_conv * _mamba_channels(config) + _ssd_flops(config, length)  # type: ignore[assignment]
+        flops["mamba"] += 2 * config.mamba_d_conv * mamba_channels(config) + _ssd_flops(config, length)  # type: ignore[assignment]
     if "attention" in spec.mixers:
         flops["attention"] += _attention_flops(config, spec, length)  # type: ignore[assignment]
-    if _has_time(config, spec) and not config.srte_shared:
+    if has_time(config, spec) and not config.srte_shared:
         flops["srte"] += _srte_flops(config)
     return flops
 
@@ -183,13 +169,13 @@ def _ssd_flops(config: HybridConfig, length: int) -> float:
     return within + 4 * inner * state + combined
 
 
-def _global_heads(config: HybridConfig, spec: LayerSpec) -> int:
+def global_heads(config: HybridConfig, spec: LayerSpec) -> int:
     return config.num_attention_heads if spec.sliding_window is None else spec.global_heads
 
 
 def _attention_flops(config: HybridConfig, spec: LayerSpec, length: int) -> float:
     """Scores and weighted values over the keys that a query sees, on average over the row."""
-    wide = _global_heads(config, spec)
+    wide = global_heads(config, spec)
     window = min(spec.sliding_window or length, length)
     seen_by_all = (length + 1) / 2
     seen_in_window = window - window * (window - 1) / (2 * length)
@@ -202,9 +188,9 @@ def _layer_states(config: HybridConfig, spec: LayerSpec, length: int, rows: int,
     states = {"ssm": 0, "conv": 0, "local_kv": 0, "global_kv": 0}
     if "mamba" in spec.mixers:
         states["ssm"] = 4 * rows * config.mamba_inner_size * config.mamba_d_state
-        states["conv"] = dtype_bytes * rows * _mamba_channels(config) * (config.mamba_d_conv - 1)
+        states["conv"] = dtype_bytes * rows * mamba_channels(config) * (config.mamba_d_conv - 1)
     if "attention" in spec.mixers:
-        wide, heads = _global_heads(config, spec), config.num_attention_heads
+        wide, heads = global_heads(config, spec), config.num_attention_heads
         per_key = 2 * dtype_bytes * rows * config.head_dim
         states["global_kv"] = per_key * length * _kv_heads(config, 0, wide)
         kept = min((spec.sliding_window or 1) - 1, length)  # the next token brings the window's last key itself
@@ -216,17 +202,3 @@ def _kv_heads(config: HybridConfig, first: int, end: int) -> int:
     """Key/value heads that query heads first … end - 1 use; one that serves global and local heads is held twice."""
     shares = config.num_attention_heads // config.num_key_value_heads
     return (end - 1) // shares - first // shares + 1 if end > first else 0
-
-
-def _layer_activations(config: HybridConfig, spec: LayerSpec) -> int:
-    """Numbers per token that the backward needs: each product's input and result, and the chunk scores of the scan."""
-    hidden, inner = config.hidden_size, config.mamba_inner_size
-    total = 4 * hidden
-    if "mamba" in spec.mixers:
-        total += 4 * inner + 3 * _mamba_channels(config) + 2 * config.mamba_chunk_size * config.mamba_num_heads
-    if "attention" in spec.mixers:
-        total += (4 * config.num_attention_heads + 3 * config.num_key_value_heads) * config.head_dim
-    if spec.block == "hybrid":
-        total += 2 * hidden * len(spec.mixers) + 6 * hidden + 2 * config.gate_rank
-    factor = {"mlp": 2, "swiglu": 4, "none": 0}[config.mlp_type]
-    return total + factor * config.intermediate_size

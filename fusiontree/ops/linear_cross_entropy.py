@@ -31,6 +31,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return total
 
 
+def tokens_at_once(vocabulary: int) -> int:
+    """Tokens whose logits stand in memory together."""
+    return max(1, _CHUNK_ELEMENTS // vocabulary)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        size = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        size = tokens_at_once(weight.shape[0])
         for begin in range(0, hidden.shape[0], size):
             rows = slice(begin, begin + size)
             loss, grad = _chunk(hidden[rows] @ weight.t(), targets[rows])

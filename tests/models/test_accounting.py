@@ -103,9 +103,6 @@ def test_weight_bytes_are_the_models(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     half = HybridLanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert counted.weight_bytes(2) == sum(p.numel() * p.element_size() for p in half.parameters())
-    assert counted.training_bytes == 16 * counted.total_parameters
-    assert sum(counted.training_parts.values()) == counted.training_bytes + counted.activation_bytes
-    assert account(model.config, 2048).activation_bytes == 2 * account(model.config, 1024).activation_bytes > 0
 
 
 COUNTED = [
