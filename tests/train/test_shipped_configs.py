@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fusiontree.deploy import load_plan
 from fusiontree.models.accounting import account
 from fusiontree.train.build import build_model
 from fusiontree.train.config import RunConfig, load_config, parse_config
@@ -19,6 +23,12 @@ SIZES = {
     "pretrain_optimized": (0.5, 2),
     "pretrain_wikipedia": (800, 1000),
     "pretrain_v1": (8_000, 16_000),
+    "pretrain_v2": (8_000, 16_000),
+    "pretrain_v3": (8_000, 16_000),
+    "pretrain_v4": (8_000, 16_000),
+    "hf_streaming": (100, 200),
+    "multilingual_mix": (100, 200),
+    "ddp": (100, 200),
 }
 
 
@@ -60,3 +70,20 @@ def test_pretrain_v1_has_its_published_figures() -> None:
     model = load_config(CONFIGS / "pretrain_v1.yaml").model
     assert (model["hidden_size"], model["num_hidden_layers"]) == (4096, 32)
     assert (model["sliding_window"], model["gate_rank"]) == (1024, 256)
+
+
+def test_the_example_plan_fits_its_model() -> None:
+    plan = load_plan(CONFIGS / "plans/pretrain_optimized.json")
+    config = load_config(CONFIGS / "pretrain_optimized.yaml")
+    assert [layer.layer for layer in plan.layers] == list(range(config.model["num_hidden_layers"]))
+
+
+def test_the_tables_of_the_document_are_what_the_code_says() -> None:
+    """`python scripts/config_tables.py --write` writes them."""
+    done = subprocess.run(
+        [sys.executable, str(CONFIGS.parent / "scripts/config_tables.py")], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)}, cwd=CONFIGS.parent,
+    )  # fmt: skip
+    document = (CONFIGS.parent / "docs/configs.md").read_text(encoding="utf-8")
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in document
