@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("lm_eval")
-pytest.importorskip("accelerate")  # HFLM imports it
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
 from fusiontree.data.tokenizer import byte_tokenizer
@@ -55,6 +53,9 @@ def bos_tokenizer():
 @pytest.fixture(scope="module", params=[*KINDS, "llama with BOS"])
 def trio(request):
     """Our answers in batches of 8 and of 1, and the harness's own model class, on one model."""
+    pytest.importorskip("accelerate", reason="HFLM, the harness's own model class, needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+
     model = hybrid() if request.param == "hybrid" else llama()
     tokenizer = bos_tokenizer() if "BOS" in request.param else byte_tokenizer()
     ours = [Answers(Subject(model, tokenizer, max_length=WINDOW, batch_size=size), Forgetful()) for size in (8, 1)]
