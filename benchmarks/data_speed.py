@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,8 @@ def measure_static(loaders: dict[str, Loader], rounds: int, batches: int) -> dic
             raw[name]["with a step"].append(milliseconds(both, batches))
             for _ in islice(stream, 5):  # use up what was prepared during the steps
                 pass
-            raw[name]["in a row"].append(milliseconds(lambda stream=stream: next(stream), batches))
-            stream.close()
+            raw[name]["in a row"].append(milliseconds(partial(next, stream), batches))
+            del stream  # ends its threads
     return raw
 
 

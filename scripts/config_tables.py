@@ -76,7 +76,7 @@ def engine_of(name: str) -> str:
 
 def otherwise_table() -> Iterator[str]:
     """pretrain_wikipedia with other settings, on two GPUs."""
-    yield "| `pretrain_wikipedia` on 2 GPUs | each | weights, gradients, optimizer | activations | passing | host, each |"
+    yield "| `pretrain_wikipedia` on 2 GPUs | each | weights and states | activations | passing | host, each |"
     yield "|---|---:|---:|---:|---:|---:|"
     for what, overrides in OTHERWISE.items():
         found = read_target(ROOT / "configs" / "pretrain_wikipedia.yaml", overrides)
