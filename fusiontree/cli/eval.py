@@ -94,6 +94,7 @@ def eval(
 
     Every answer is kept in the folder as it is made: the same command goes on where an earlier one ended.
     """
+    from fusiontree.cli.places import model_place
     from fusiontree.deploy import console_progress
     from fusiontree.eval.loading import load_subject
     from fusiontree.eval.registry import check_settings, find_tasks
@@ -114,7 +115,7 @@ def eval(
     found = find_tasks(*names)
     check_settings(names, settings)
     subject = load_subject(
-        _place(model),
+        model_place(model),
         tokenizer=tokenizer,
         device=chosen(device),
         dtype=_dtype(dtype),
@@ -125,12 +126,6 @@ def eval(
     _tell_length(subject)
     command = shlex.join(["fusiontree", *sys.argv[1:]])
     _tell(subject, evaluate(subject, found, settings, out, command=command, progress=console_progress))
-
-
-def _place(model: str) -> str:
-    from fusiontree.cli.places import model_folder
-
-    return str(model_folder(Path(model))) if Path(model).is_dir() else model
 
 
 def _dtype(name: Precision) -> Any:

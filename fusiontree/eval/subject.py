@@ -210,7 +210,7 @@ class Subject:
             begin_suppress_tokens=self._never_first(stop) if never_empty else None,
             use_cache=True,
         )
-        with _only(self.model, settings):
+        with only_settings(self.model, settings):
             out = self.model.generate(
                 ids, attention_mask=mask, generation_config=settings, stopping_criteria=StoppingCriteriaList([stops])
             )
@@ -322,7 +322,7 @@ def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
 
 
 @contextlib.contextmanager
-def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def only_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Within the context `generate` takes nothing from the model's own settings (a repetition penalty, say)."""
     own = model.generation_config
     model.generation_config = settings
