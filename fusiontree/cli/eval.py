@@ -141,7 +141,7 @@ def _tell(subject: Subject, outcome: Outcome) -> None:
     from fusiontree.eval.heatmap import draw_grids
     from fusiontree.eval.journal import to_json
     from fusiontree.eval.results import results_table
-    from fusiontree.eval.ruler import overall
+    from fusiontree.eval.tasks.ruler import overall
 
     if outcome.results:
         Console(highlight=False).print(results_table(subject.name, outcome.results))
