@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tables import main
+
 from fusiontree.cli.info import human, read_target
 from fusiontree.models import account
 from fusiontree.train.forecast import Forecast, by_stage, forecast
-from tables import main
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "configs.md"

@@ -26,8 +26,8 @@ def summary() -> Iterator[str]:
     machine = RESULT["machine"]
     yield (
         f"{whole} of {len(rows)} rows hold in all their tests: {counts['passed']} passed, {counts['failed']} failed, "
-        f"{counts['skipped']} skipped, where a test that proves two rows counts in both. Commit {RESULT['commit']}; {machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}."
+        f"{counts['skipped']} skipped, where a test that proves two rows counts in both. "
+        f"Commit {RESULT['commit']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}."
     )
 
 
