@@ -8,7 +8,6 @@ python scripts/contract.py            prints the tables
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from tables import main
 
 from fusiontree.deploy import cut_branches
 from fusiontree.eval.journal import finite
@@ -149,23 +149,8 @@ def origin() -> Iterator[str]:
     )
 
 
-TABLES = {"claims": claims_table, "origin": origin, "holds": holds_table, "reasons": reasons_table}
-
-
-def filled(text: str) -> str:
-    """The document with everything between `<!-- table: NAME -->` and `<!-- end -->` written anew."""
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        content = "\n".join(table()) + "\n"
-        text, count = re.subn(pattern, lambda found: found[1] + content + found[2], text, flags=re.DOTALL)  # noqa: B023
-        assert count == 1, f"no place for {name}"
-    return text
-
-
 if __name__ == "__main__":
     if "--measure" in sys.argv[1:]:
         RECORD.write_text(json.dumps(finite(measured()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    elif "--write" in sys.argv[1:]:
-        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print("\n\n".join("\n".join(table()) for table in TABLES.values()))
+        main(DOCUMENT, {"claims": claims_table, "origin": origin, "holds": holds_table, "reasons": reasons_table})

@@ -19,11 +19,6 @@ def model_folder(path: Path) -> Path:
     return found
 
 
-def model_place(name: str) -> str:
-    """What to load for a name that may be one of the hub: a run's newest checkpoint where it is a run folder."""
-    return str(model_folder(Path(name))) if Path(name).is_dir() else name
-
-
 def run_folder(path: Path) -> Path | None:
     """The run folder that `path` is or, as one of its checkpoints, lies in; None for a model of another origin."""
     candidates = (path, path.resolve().parent.parent)

@@ -62,7 +62,7 @@ def verify(
     """
     import torch
 
-    from fusiontree.cli.places import model_place
+    from fusiontree.cli.values import model_place
     from fusiontree.deploy import console_progress, cut_branches
     from fusiontree.eval.loading import load_causal_model
     from fusiontree.eval.verify import Specimen, find_lines
