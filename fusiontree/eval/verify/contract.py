@@ -43,6 +43,7 @@ class Finding:
     status: Status
     error: float | None
     tolerance: float
+    at_least: bool = False
     note: str = ""
 
 
@@ -110,11 +111,11 @@ def examine(specimen: Specimen, line: Line, tolerance: float = TOLERANCE) -> Fin
     try:
         error = line.measure(specimen)
     except NotOfferedError as reason:
-        return Finding(line.name, line.claim, "not offered", None, allowed, str(reason))
+        return Finding(line.name, line.claim, "not offered", None, allowed, line.at_least, str(reason))
     except ModelFailedError as reason:
-        return Finding(line.name, line.claim, "broken", None, allowed, str(reason))
+        return Finding(line.name, line.claim, "broken", None, allowed, line.at_least, str(reason))
     good = error >= allowed if line.at_least else error <= allowed
-    return Finding(line.name, line.claim, "holds" if good else "broken", error, allowed)
+    return Finding(line.name, line.claim, "holds" if good else "broken", error, allowed, line.at_least)
 
 
 @contextlib.contextmanager

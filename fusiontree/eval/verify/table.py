@@ -42,4 +42,4 @@ def shown(error: float | None) -> str:
 def _allowed(found: Finding) -> str:
     if found.status == "not offered":
         return ""
-    return f"{'≥' if found.name == 'context' else '≤'} {found.tolerance:.0e}"
+    return f"{'≥' if found.at_least else '≤'} {found.tolerance:.0e}"
