@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fusiontree.eval.verify.error import NotOfferedError, relative_error
 from fusiontree.eval.verify.specimen import Specimen, chunkings, fitted
@@ -45,7 +46,8 @@ def forked(specimen: Specimen) -> float:
     start = length // 2
     texts = [ids, torch.cat([ids[:, :start], specimen.other(ids[:, start:])], dim=1)]
     cache = specimen.feed(ids[:, :start], [start])[1]
-    caches, parts = [cache, specimen.fork(cache)], ([], [])
+    caches = [cache, specimen.fork(cache)]
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for t in range(start, length):
         for row, text in enumerate(texts):
             logits, caches[row] = specimen.feed(text[:, t : t + 1], [1], caches[row], seen=t)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusiontree.eval.verify.error import ModelFailedError, NotOfferedError
 
-Cut = Callable[[Any, dict[int, str]], Any]  # model, layer → branch: a new model without those branches
+Cut = Callable[[Any, Any], Any]  # model and layer → branch: a new model without those branches
 
 _REFUSALS = (ValueError, NotImplementedError)
 
