@@ -1,4 +1,4 @@
-"""The text of docs/results.md: Wikipedia and the standard library, each with a part that no model is trained on.
+"""The text of configs/results: Wikipedia and the standard library, each with a part that no model is trained on.
 
 python scripts/results_data.py FOLDER    FOLDER holds train.jsonl, valid.jsonl and test.jsonl of Wikipedia
 """

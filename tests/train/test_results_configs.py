@@ -1,4 +1,4 @@
-"""The three models of docs/results.md may differ in the model and the learning rate only, and not in their size."""
+"""The three models of configs/results may differ in the model and the learning rate only, and not in their size."""
 
 from __future__ import annotations
 
