@@ -31,22 +31,22 @@ class Family:
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.
 FAMILIES: dict[str, str] = {
-    "codebase": "fusiontree.eval.codebase:FAMILY",
-    "copy": "fusiontree.eval.recall_tasks:COPY",
-    "leval": "fusiontree.eval.leval:FAMILY",
-    "lm_eval": "fusiontree.eval.lm_eval_adapter:FAMILY",
-    "longbench": "fusiontree.eval.longbench:FAMILY",
-    "longbench_e": "fusiontree.eval.longbench:FAMILY_E",
-    "longbench_v2": "fusiontree.eval.longbench_v2:FAMILY",
-    "mqar": "fusiontree.eval.mqar:FAMILY",
-    "needle": "fusiontree.eval.needle:SINGLE",
-    "needle_code": "fusiontree.eval.needle:CODE",
-    "needle_multi": "fusiontree.eval.needle:MULTI",
-    "perplexity": "fusiontree.eval.context:FAMILY",
-    "phonebook": "fusiontree.eval.recall_tasks:PHONEBOOK",
-    "recall": "fusiontree.eval.mqar:RECALL",
-    "repobench": "fusiontree.eval.repobench:FAMILY",
-    "ruler": "fusiontree.eval.ruler:FAMILY",
+    "codebase": "fusiontree.eval.tasks.codebase:FAMILY",
+    "copy": "fusiontree.eval.tasks.copying:COPY",
+    "leval": "fusiontree.eval.tasks.leval:FAMILY",
+    "lm_eval": "fusiontree.eval.tasks.lm_eval:FAMILY",
+    "longbench": "fusiontree.eval.tasks.longbench:FAMILY",
+    "longbench_e": "fusiontree.eval.tasks.longbench:FAMILY_E",
+    "longbench_v2": "fusiontree.eval.tasks.longbench_v2:FAMILY",
+    "mqar": "fusiontree.eval.tasks.mqar:FAMILY",
+    "needle": "fusiontree.eval.tasks.needle:SINGLE",
+    "needle_code": "fusiontree.eval.tasks.needle:CODE",
+    "needle_multi": "fusiontree.eval.tasks.needle:MULTI",
+    "perplexity": "fusiontree.eval.tasks.perplexity:FAMILY",
+    "phonebook": "fusiontree.eval.tasks.copying:PHONEBOOK",
+    "recall": "fusiontree.eval.tasks.mqar:RECALL",
+    "repobench": "fusiontree.eval.tasks.repobench:FAMILY",
+    "ruler": "fusiontree.eval.tasks.ruler:FAMILY",
 }
 
 

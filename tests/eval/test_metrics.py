@@ -1,4 +1,4 @@
-"""Every metric on cases worked by hand; tests/eval/test_official_scores.py holds what the official code gives."""
+"""Every metric on cases worked by hand; tests/eval/tasks/test_official_scores.py holds what the official code gives."""
 
 import sys
 
