@@ -46,10 +46,7 @@ def macro_average(scores: Mapping[str, float | None], categories: Mapping[str, I
 
     `scores`: percent by task. A category without a score does not count; null when none has one.
     """
-    rows = []
-    for category, names in categories.items():
-        known = [score for name in names if (score := scores.get(name)) is not None]
-        if known:
-            rows.append({"category": category, "score": fmean(known), "tasks": len(known)})
-    average = round(fmean(row["score"] for row in rows), 2) if rows else None
-    return {"average": average, "categories": [{**row, "score": round(row["score"], 2)} for row in rows]}
+    known = {key: [s for name in names if (s := scores.get(name)) is not None] for key, names in categories.items()}
+    means = {category: fmean(some) for category, some in known.items() if some}
+    rows = [{"category": key, "score": round(mean, 2), "tasks": len(known[key])} for key, mean in means.items()]
+    return {"average": round(fmean(means.values()), 2) if means else None, "categories": rows}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from statistics import fmean
 from typing import Any
 
 GOOD = 85.6  # percent: Llama-2-7B at 4K, the threshold of the paper
@@ -19,18 +21,12 @@ def overall(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for summary in summaries.values():
         for line in summary["tables"]["by_length"]:
             scores[line["length"]].append(line["score"])
-    table = [
-        {"length": length, "score": round(sum(values) / len(values), 2), "tasks": len(values)}
-        for length, values in sorted(scores.items())
-    ]
-    effective = 0
-    for line in table:
-        if line["score"] <= GOOD:
-            break
-        effective = line["length"]
-    metrics = {f"score@{line['length']}": line["score"] for line in table}
-    tables = {"by_length": table, "grid": _grid(summaries, sorted(scores))}
-    return {"metrics": {"effective_length": effective, **metrics}, "tables": tables}
+    lengths = sorted(scores)
+    means = {length: round(fmean(scores[length]), 2) for length in lengths}
+    good = list(takewhile(lambda length: means[length] > GOOD, lengths))
+    metrics = {"effective_length": good[-1] if good else 0, **{f"score@{length}": means[length] for length in lengths}}
+    table = [{"length": length, "score": means[length], "tasks": len(scores[length])} for length in lengths]
+    return {"metrics": metrics, "tables": {"by_length": table, "grid": _grid(summaries, lengths)}}
 
 
 def _grid(summaries: Mapping[str, Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
