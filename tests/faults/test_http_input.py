@@ -174,7 +174,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"), ({"logprobs": -1}, "logprobs"), ({"seed": 2**63}, "seed"), ({"seed": 0.5}, "seed"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"best_of": 3}, "best_of"), ({"echo": True}, "echo"),
     ({"suffix": "z"}, "suffix"), ({"prompt": ["a", ""]}, "the prompt is empty"),
-    
+
     ({"stream_options": {"x": 1}}, "stream_options"),
     ({"gates": "yes"}, "gates"),
 ]  # fmt: skip
