@@ -21,8 +21,6 @@ COLOURS = {"fusiontree": "#0a6f6a", "llama": "#b5651d", "mamba2": "#5b4b9a"}
 TEXTS = {
     "wikipedia": "Wikipedia, test",
     "code": "standard library, held out",
-    "novel": "a novel",
-    "long": "the same novel, long windows",
 }
 CLEAR = 2.0  # standard errors from which a difference is called one
 
@@ -35,13 +33,13 @@ def load(name: str) -> dict[str, Any]:
 
 def models() -> dict[str, dict[str, Any]]:
     """What was measured of each."""
-    return {name: load(name) for name in TWINS}
+    return {name: load(name) for name in TWINS if (FOLDER / f"{name}.json").exists()}
 
 
 def runs() -> dict[str, dict[str, Any]]:
     """How each was trained."""
     found = {run["name"]: run for run in load("training")["runs"]}
-    return {name: found[name] for name in TWINS}
+    return {name: found[name] for name in TWINS if name in found}
 
 
 def training_table() -> Iterator[str]:
@@ -70,6 +68,16 @@ def rates_table() -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def curve_table() -> Iterator[str]:
+    """Validation loss of each at the same steps."""
+    curves = {name: dict(run["validation"]) for name, run in runs().items()}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    yield f"| validation loss at step | {' | '.join(map(str, steps))} |"
+    yield "|---|" + "---:|" * len(steps)
+    for name, curve in curves.items():
+        yield f"| {name} | {' | '.join(f'{curve[step]:.3f}' if step in curve else '–' for step in steps)} |"
+
+
 def perplexity_table() -> Iterator[str]:
     """Bits per byte by text and context; bold: the least of the twins, where the second is clearly worse."""
     shown = models()
@@ -78,7 +86,7 @@ def perplexity_table() -> Iterator[str]:
     for text, name in TEXTS.items():
         rows = {model: lengths(content, text) for model, content in shown.items()}
         for length in rows[TWINS[0]]:
-            first, second = sorted(TWINS, key=lambda model, at=length: rows[model][at]["bits_per_byte"])[:2]
+            first, second = sorted(shown, key=lambda model, at=length: rows[model][at]["bits_per_byte"])[:2]
             clear = is_clear(*difference(shown[second], shown[first], text, length))
             cells = [bold(with_error(rows[m][length], "bits_per_byte"), clear and m == first) for m in shown]
             yield f"| {name} | {length:,} | {rows[first][length]['windows']} | {' | '.join(cells)} |"
@@ -105,9 +113,10 @@ def answers_table() -> Iterator[str]:
     for key, first in shown[TWINS[0]]["tasks"].items():
         if key.endswith("/perplexity"):
             continue
-        for metric in sorted(first["errors"], key=lambda name, main=first["main_metric"]: name != main):
+        for metric in first["errors"] or [first["main_metric"]]:
             results = [content["tasks"][key] for content in shown.values()]
-            cells = [f"{each['metrics'][metric]:.1f} ± {shown_error(each['errors'][metric], 1)}" for each in results]
+            errors = [each["errors"].get(metric, math.nan) for each in results]
+            cells = [f"{r['metrics'][metric]:.1f} ± {shown_error(e, 1)}" for r, e in zip(results, errors, strict=True)]
             yield f"| {key.split('/')[1]} | {metric} | {first['samples']} | {' | '.join(cells)} |"
 
 
@@ -154,6 +163,7 @@ def bold(text: str, wanted: bool) -> str:
 TABLES = {
     "training": training_table,
     "rates": rates_table,
+    "curve": curve_table,
     "perplexity": perplexity_table,
     "differences": differences_table,
     "answers": answers_table,
@@ -173,8 +183,8 @@ def draw() -> None:
     shown = models()
     for file, pick in (("length", length_curve), ("position", position_curve)):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
-        panels = figure.subplots(1, 3)
-        for panel, text in zip(panels, ("wikipedia", "code", "novel"), strict=True):
+        panels = figure.subplots(1, len(TEXTS))
+        for panel, text in zip(panels, TEXTS, strict=True):
             for name, content in shown.items():
                 places, values, errors = pick(content, text)
                 panel.errorbar(places, values, errors, color=COLOURS[name], marker="o", markersize=3, label=name)

@@ -2,7 +2,7 @@
 
 python scripts/results_collect.py RATES RUNS EVALUATIONS
 
-RATES holds MODEL-RATE, short runs of small models; RUNS holds MODEL-RATE, the models; EVALUATIONS holds MODEL/FOLDER as
+RATES holds MODEL-RATE, short runs of small models; RUNS holds MODEL, the runs; EVALUATIONS holds MODEL/FOLDER as
 scripts/results_eval.sh fills it.
 """
 
@@ -40,7 +40,7 @@ def training(folder: Path) -> dict[str, Any]:
     losses = [line for line in lines if "loss" in line]
     checks = [line for line in lines if "validation_loss" in line]
     return {
-        "name": folder.name.rsplit("-", 2)[0],
+        "name": folder.name.split("-")[0],
         "parameters": account(config).total_parameters,
         "layers": config.num_hidden_layers,
         "lr": run.training.lr,
