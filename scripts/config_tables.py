@@ -6,10 +6,10 @@ python scripts/config_tables.py --write  puts them in the document, between its 
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tables import main
 
 from fusiontree.cli.info import human, read_target
 from fusiontree.models import account
@@ -22,6 +22,9 @@ RUNS = [
     ("demo", 1, "cpu"),
     ("wikipedia_small", 1, "cpu"),
     ("pretrain_optimized", 1, "cpu"),
+    ("results/fusiontree", 1, "cpu"),
+    ("results/llama", 1, "cpu"),
+    ("results/mamba2", 1, "cpu"),
     ("hf_streaming", 1, "cuda"),
     ("multilingual_mix", 1, "cuda"),
     ("ddp", 8, "cuda"),
@@ -118,18 +121,5 @@ def shown(device: str) -> str:
 TABLES = {"configs": config_table, "otherwise": otherwise_table, "lengths": length_table}
 
 
-def filled(text: str) -> str:
-    """The document with every table between `<!-- table: NAME -->` and `<!-- end -->` written anew."""
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        content = "\n".join(table()) + "\n"
-        text, count = re.subn(pattern, lambda found: found[1] + content + found[2], text, flags=re.DOTALL)  # noqa: B023
-        assert count == 1, f"no place for the table {name}"
-    return text
-
-
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
-        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print("\n\n".join("\n".join(table()) for table in TABLES.values()))
+    main(DOCUMENT, TABLES)

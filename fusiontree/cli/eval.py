@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fusiontree.cli.sampling import Device
 from fusiontree.cli.sampling import device as chosen
+from fusiontree.cli.values import Precision, dtype_of, length, model_place, numbers
 from fusiontree.errors import ConfigError
 
 if TYPE_CHECKING:
     from fusiontree.eval.run import Outcome
     from fusiontree.eval.subject import Subject
-
-Number = TypeVar("Number", int, float)
-
-
-class Precision(str, Enum):
-    """What the model computes in."""
-
-    stored = "stored"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _list(wanted: bool) -> None:
@@ -104,8 +92,8 @@ def eval(
     settings = TaskSettings(
         limit=limit,
         seed=seed,
-        lengths=_numbers("--lengths", lengths, _length),
-        depths=_numbers("--depths", depths, float),
+        lengths=numbers("--lengths", lengths, length),
+        depths=numbers("--depths", depths, float),
         data=data,
         max_length=max_length,
         official=not corrected,
@@ -114,10 +102,10 @@ def eval(
     found = find_tasks(*names)
     check_settings(names, settings)
     subject = load_subject(
-        _place(model),
+        model_place(model),
         tokenizer=tokenizer,
         device=chosen(device),
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         max_length=max_length,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
@@ -125,29 +113,6 @@ def eval(
     _tell_length(subject)
     command = shlex.join(["fusiontree", *sys.argv[1:]])
     _tell(subject, evaluate(subject, found, settings, out, command=command, progress=console_progress))
-
-
-def _place(model: str) -> str:
-    from fusiontree.cli.places import model_folder
-
-    return str(model_folder(Path(model))) if Path(model).is_dir() else model
-
-
-def _dtype(name: Precision) -> Any:
-    import torch
-
-    return None if name is Precision.stored else getattr(torch, name.value)
-
-
-def _length(text: str) -> int:
-    return int(text[:-1]) * 1024 if text[-1:] in ("K", "k") else int(text)
-
-
-def _numbers(flag: str, text: str, read: Callable[[str], Number]) -> tuple[Number, ...]:
-    try:
-        return tuple(read(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"{flag} {text}: numbers divided by commas are allowed, such as 1K,4K") from None
 
 
 def _options(words: list[str]) -> dict[str, str]:

@@ -31,13 +31,31 @@ def load_subject(
     cannot be loaded, has weights missing, or has no tokenizer.
     """
     name = str(place)
+    _check(name)
+    words = _tokenizer(str(tokenizer or place), trust_remote_code)
+    model = load_causal_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return Subject(model, words, max_length=max_length, batch_size=batch_size, name=name)
+
+
+def load_causal_model(
+    place: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model alone, in evaluation mode, as `load_subject` takes it."""
+    name = str(place)
+    model = _model(name, _check(name), dtype, trust_remote_code)
+    return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
+
+
+def _check(name: str) -> bool:
+    """Whether it is a folder here, which is then one that can be read."""
     local = _is_local(name)
     if local:
         _check_folder(Path(name))
-    words = _tokenizer(str(tokenizer or place), trust_remote_code)
-    model = _model(name, local, dtype, trust_remote_code)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Subject(model.to(target), words, max_length=max_length, batch_size=batch_size, name=name)
+    return local
 
 
 def _is_local(name: str) -> bool:

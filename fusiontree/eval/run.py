@@ -67,7 +67,7 @@ def evaluate(
         if length > subject.max_length:
             raise ConfigError(f"--lengths {length}: {subject.name} may see at most {subject.max_length} tokens")
     failed: dict[str, FusionTreeError] = {}
-    with _alone(out):
+    with alone(out):
         results = Results(out, describe(subject))
         for task in tasks:
             try:
@@ -104,7 +104,7 @@ def settings_of(settings: TaskSettings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """The folder is ours and nobody else writes into it; a new one in which nothing came to be goes again."""
     if out.exists() and not (out / FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: not empty and without a {FILE}, so no evaluation made it; name a new folder")

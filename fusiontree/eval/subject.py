@@ -210,7 +210,7 @@ class Subject:
             begin_suppress_tokens=self._never_first(stop) if never_empty else None,
             use_cache=True,
         )
-        with _only(self.model, settings):
+        with only_settings(self.model, settings):
             out = self.model.generate(
                 ids, attention_mask=mask, generation_config=settings, stopping_criteria=StoppingCriteriaList([stops])
             )
@@ -273,7 +273,7 @@ def checked_length(model: Any, tokenizer: Any, wanted: int | None) -> int:
         return limit
     if wanted < 2:
         raise ConfigError(f"--max-length {wanted}: at least 2 tokens")
-    if limit is not None and wanted > limit and _learned_positions(model):
+    if limit is not None and wanted > limit and learned_positions(model):
         raise ConfigError(
             f"--max-length {wanted}: this model has a learned table of {limit} positions; at most {limit}"
         )
@@ -291,7 +291,8 @@ def context_limit(config: Any, tokenizer: Any) -> int | None:
     return int(limit) if limit is not None and 0 < limit < NO_LIMIT else None
 
 
-def _learned_positions(model: Any) -> bool:
+def learned_positions(model: Any) -> bool:
+    """Whether positions are looked up in a table of weights, beyond which there are none."""
     words = model.get_input_embeddings()
     return any(
         isinstance(module, torch.nn.Embedding) and module is not words and {"pos", "wpe", "srte"} & set(_words(name))
@@ -322,7 +323,7 @@ def _token_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
 
 
 @contextlib.contextmanager
-def _only(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def only_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Within the context `generate` takes nothing from the model's own settings (a repetition penalty, say)."""
     own = model.generation_config
     model.generation_config = settings

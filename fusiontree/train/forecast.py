@@ -65,7 +65,7 @@ def by_stage(
     config: RunConfig, model: HybridConfig, processes: int, device: str, teacher: HybridConfig | None = None
 ) -> list[Forecast]:
     """The worst moment of each stage of the curriculum."""
-    held = holdings(config, model, processes)
+    held = holdings(config, model, processes, device)
     found = []
     for stage in config.training.stages(processes):
         mode = checkpointing_at(config, stage)

@@ -45,20 +45,20 @@ class Holdings:
     host: dict[str, int] = field(default_factory=dict)
 
 
-def holdings(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
+def holdings(config: RunConfig, model: HybridConfig, processes: int, device: str) -> Holdings:
     """By `system.engine`; raises ConfigError when DeepSpeed's file cannot be read, or the engine is for one process."""
     engine = config.system.engine
     if engine == "auto":
         engine = "ddp" if processes > 1 else "single"
     if engine == "single" and processes > 1:
         raise ConfigError(f"system.engine: single is one process, not {processes}; use ddp or fsdp")
-    kinds: dict[str, Callable[[RunConfig, HybridConfig, int], Holdings]] = {
+    kinds: dict[str, Callable[[RunConfig, HybridConfig, int, str], Holdings]] = {
         "single": _single, "ddp": _ddp, "fsdp": _fsdp, "deepspeed": _deepspeed,
     }  # fmt: skip
-    return kinds[engine](config, model, processes)
+    return kinds[engine](config, model, processes, device)
 
 
-def _single(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
+def _single(config: RunConfig, model: HybridConfig, processes: int, device: str) -> Holdings:
     size = _F32 * account(model).total_parameters
     return Holdings(size, _optimizer(config, model), size, accumulated=size, update=_muon_update(config, model))
 
@@ -81,18 +81,23 @@ def _muon_update(config: RunConfig, model: HybridConfig) -> int:
     return 12 * 5 * model.hidden_size**2 if config.training.optimizer == "muon" else 0
 
 
-def _ddp(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
+def _ddp(config: RunConfig, model: HybridConfig, processes: int, device: str) -> Holdings:
     """Whole everywhere. Gradients are views into buckets that stay; those of earlier micro-batches stand beside."""
-    alone = _single(config, model, processes)
+    alone = _single(config, model, processes, device)
     return replace(alone, standing=alone.gradients, accumulated=2 * alone.gradients)
 
 
-def _fsdp(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
-    """Divided block by block: the block at work is whole, the next on its way; what is in no block stays whole."""
+def _fsdp(config: RunConfig, model: HybridConfig, processes: int, device: str) -> Holdings:
+    """Divided block by block: the block at work is whole, the next on its way; what is in no block stays whole.
+
+    A GPU also holds the next block twice while it is copied out of the exchange, and the gradients of the block before
+    until their sum has been formed beside the compute; on a CPU one follows the other.
+    """
     total, largest, rest = _blocks(model)
     own = -(-total // processes)
     alone = _optimizer(config, model) // processes
     host = {"weights": own, "gradients": own, "optimizer": alone} if config.system.offload else {}
+    beside = largest if device == "cuda" else 0
     kept = 0 if config.system.offload else 1
     return Holdings(
         weights=own * kept,
@@ -100,8 +105,8 @@ def _fsdp(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
         gradients=own * kept,
         kept_part=kept / processes,
         accumulated=own * kept,
-        gathered=rest + 3 * largest,
-        exchange=2 * largest,
+        gathered=rest + 2 * largest + beside,
+        exchange=largest + beside,
         update=2 * rest,
         divided_by=processes,
         host=host,
@@ -116,7 +121,7 @@ def _blocks(model: HybridConfig) -> tuple[int, int, int]:
     return total, max(blocks), total - sum(blocks)
 
 
-def _deepspeed(config: RunConfig, model: HybridConfig, processes: int) -> Holdings:
+def _deepspeed(config: RunConfig, model: HybridConfig, processes: int, device: str) -> Holdings:
     """ZeRO as the file says; its optimizer works on a second fp32 copy of the process's part of the weights."""
     assert config.system.deepspeed is not None
     zero = read_deepspeed(config.system.deepspeed, config.training)["zero_optimization"]

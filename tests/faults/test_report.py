@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
+
+from tests.faults.process import ROOT
 
 pytest_plugins = ["pytester"]
 
@@ -62,3 +66,18 @@ def test_a_test_that_hangs_is_ended(pytester: pytest.Pytester, monkeypatch: pyte
     started = time.monotonic()
     pytester.runpytest_inprocess("-p", "tests.faults.report").assert_outcomes(failed=1)
     assert time.monotonic() - started < 20
+
+
+def test_the_tables_of_the_document_are_what_the_result_says() -> None:
+    """`python scripts/reliability_table.py --write` writes them."""
+    script = ROOT / "scripts" / "reliability_table.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
+    document = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for table in done.stdout.strip().split("\n\n"):
+        assert table in document
+
+
+def test_the_result_in_the_document_covers_every_row_up_to_28_and_none_failed() -> None:
+    rows = json.loads((ROOT / "docs" / "reliability.json").read_text(encoding="utf-8"))["rows"]
+    assert set(map(str, range(1, 29))) <= set(rows)
+    assert all(row["tests"] == row["passed"] for row in rows.values())
