@@ -42,14 +42,16 @@ def prompts(runtime: InferenceRuntime, streams: int, length: int) -> torch.Tenso
     return torch.randint(256, (streams, length), generator=generator)
 
 
-def together(runtime: InferenceRuntime, rows: torch.Tensor, tokens: int) -> tuple[float, list[Usage], int]:
-    """Seconds until all streams that came at once are done, what each reports, and the number of decoding steps."""
-    options = GenerationOptions(max_new_tokens=tokens)
+def together(runtime: InferenceRuntime, rows: torch.Tensor, counts: list[int]) -> tuple[float, list[Usage]]:
+    """Seconds until all streams that came at once are done, and what each reports."""
     with Scheduler(runtime, Limits(slots=len(rows), prefix_bytes=0)) as scheduler:
         begin = time.perf_counter()
-        tickets = [scheduler.submit(Request(row, options)) for row in rows.tolist()]
+        requests = [
+            Request(row, GenerationOptions(max_new_tokens=n)) for row, n in zip(rows.tolist(), counts, strict=True)
+        ]
+        tickets = [scheduler.submit(request) for request in requests]
         usages = [ticket.result()[1] for ticket in tickets]
-        return time.perf_counter() - begin, usages, scheduler.stats().steps
+        return time.perf_counter() - begin, usages
 
 
 def one_at_a_time(runtime: InferenceRuntime, rows: torch.Tensor, tokens: int) -> float:
@@ -61,7 +63,7 @@ def one_at_a_time(runtime: InferenceRuntime, rows: torch.Tensor, tokens: int) ->
 
 
 def in_one_batch(runtime: InferenceRuntime, rows: torch.Tensor, tokens: int) -> float:
-    """Seconds of transformers' `generate` on all rows, which all have one length and end together: its best case."""
+    """Seconds of transformers' `generate` on all rows until the last one is done."""
     begin = time.perf_counter()
     runtime.model.generate(rows, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None)
     return time.perf_counter() - begin
@@ -72,18 +74,19 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def row_of(streams: int, tokens: int, timed: dict[str, Any], floor_ms: float) -> dict[str, Any]:
+def row_of(counts: list[int], timed: dict[str, list[Any]], floor_ms: float) -> dict[str, Any]:
     """One line of the table from the fastest round of each arm."""
-    seconds, usages, _ = min(timed["together"], key=lambda result: result[0])
-    alone, batch = min(timed["alone"]), min(timed["batch"])
+    seconds, usages = min(timed["together"], key=lambda result: result[0])
+    alone, batch, total = min(timed["alone"]), min(timed["batch"]), sum(counts)
     first = [usage.first_token_seconds or 0.0 for usage in usages]
-    each = [(u.total_seconds - (u.first_token_seconds or 0.0)) / max(1, tokens - 1) for u in usages]
+    each = [(u.total_seconds - (u.first_token_seconds or 0.0)) / max(1, u.completion_tokens - 1) for u in usages]
     return {
-        "streams": streams,
-        "tokens/s": streams * tokens / seconds,
+        "streams": len(counts),
+        "new tokens": f"{min(counts)}-{max(counts)}" if min(counts) < max(counts) else str(counts[0]),
+        "tokens/s": total / seconds,
         "one at a time": 1 / alone,
-        "generate, one batch": streams * tokens / batch,
-        "ours / one at a time": streams * tokens / seconds * alone,
+        "generate, one batch": total / batch,
+        "ours / one at a time": total / seconds * alone,
         "ours / generate": batch / seconds,
         "first token p50 s": statistics.median(first),
         "first token p95 s": percentile(first, 0.95),
@@ -108,7 +111,7 @@ def main() -> None:
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """All arms, taking turns; the lone requests are timed on at most four, whose pace does not depend on how many."""
+    """All arms, taking turns, with texts that end together and texts that do not."""
     sizes, dtype = sizes_from(options), DTYPES[options.dtype]
     runtime = load(sizes, dtype)
     seconds = 0.05 if options.quick else 1.0
@@ -118,24 +121,38 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     rows, raw = [], []
     for streams in options.streams:
         ids = prompts(runtime, streams, options.prompt)
-        timed: dict[str, list[Any]] = {"together": [], "alone": [], "batch": []}
-        together(runtime, ids[:2], 2)
-        for _ in range(options.rounds):
-            timed["together"].append(together(runtime, ids, options.tokens))
-            few = ids[:4]
-            timed["alone"].append(one_at_a_time(runtime, few, options.tokens) / len(few) / options.tokens)
-            timed["batch"].append(in_one_batch(runtime, ids, options.tokens))
         floor = max(weight_bytes(runtime.model) / read, 2 * weights * streams / flops)
-        rows.append(row_of(streams, options.tokens, timed, 1000 * floor))
-        raw.append({"streams": streams, "seconds": [t[0] for t in timed["together"]], "steps": timed["together"][0][2]})
-        print(rows[-1], flush=True)
+        for counts in lengths(streams, options.tokens):
+            timed = rounds(runtime, ids, counts, options.rounds)
+            rows.append(row_of(counts, timed, 1000 * floor))
+            raw.append({"counts": counts, "together": [t[0] for t in timed["together"]]})
+            raw[-1] |= {name: timed[name] for name in ("alone", "batch")}
+            print(rows[-1], flush=True)
     remark = (
-        f"{weights:,} parameters, {options.dtype}, prompts of {options.prompt} random tokens, {options.tokens} new "
-        f"tokens each, greedy; the fastest of {options.rounds} rounds, tokens/s with the prompts' reading included. "
-        f"Floor of a step: all weights read once at {read / 1e9:.1f} GB/s, or their products with one token of every "
-        f"stream at {flops / 1e9:,.0f} GFLOP/s, whichever takes longer."
+        f"{weights:,} parameters, {options.dtype}, prompts of {options.prompt} random tokens, greedy; the fastest of "
+        f"{options.rounds} rounds, tokens/s with the prompts' reading included. A batch of `generate` runs until its "
+        f"last text is done. Floor of a step: weights read once at {read / 1e9:.1f} GB/s, or their products with one "
+        f"token of every stream at {flops / 1e9:,.0f} GFLOP/s, whichever takes longer."
     )
     return {"rows": rows, "remarks": [remark], "raw": raw}
+
+
+def lengths(streams: int, tokens: int) -> list[list[int]]:
+    """New tokens of each stream: the same for all, and spread evenly around that from a quarter to seven quarters."""
+    spread = [round(tokens / 4 + 1.5 * tokens * i / max(1, streams - 1)) for i in range(streams)]
+    return [[tokens] * streams, spread] if streams > 1 else [[tokens]]
+
+
+def rounds(runtime: InferenceRuntime, ids: torch.Tensor, counts: list[int], number: int) -> dict[str, list[Any]]:
+    """The three arms, `number` times; lone requests are timed on two, per token: their pace is that of any other."""
+    timed: dict[str, list[Any]] = {"together": [], "alone": [], "batch": []}
+    few, mean = ids[:2], sum(counts) // len(counts)
+    together(runtime, few, [2] * len(few))
+    for _ in range(number):
+        timed["together"].append(together(runtime, ids, counts))
+        timed["alone"].append(one_at_a_time(runtime, few, mean) / len(few) / mean)
+        timed["batch"].append(in_one_batch(runtime, ids, max(counts)))
+    return timed
 
 
 if __name__ == "__main__":
