@@ -45,7 +45,7 @@ OPTIONAL = [
 ]
 
 # About an optional package, and imported only where it is there.
-ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots")
+ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots", "fusiontree.lab.grid.plots")
 
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 DOCUMENTS = sorted([*READMES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

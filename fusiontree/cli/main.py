@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
+    ablate,
     chat,
+    compare,
     data,
     demo,
     eval,
@@ -29,6 +31,8 @@ from fusiontree.errors import FusionTreeError, LostRankError
 GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
     "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
+    "compare": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
+    "ablate": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
     "eval": "run the same command again: it goes on with what has no answer yet",
     "generate": "the text above is not finished",
     "chat": "the conversation is over",
@@ -74,7 +78,7 @@ app = typer.Typer(
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
     "generate. Exit codes: 0 done, 2 the input cannot be used (one line says why), 130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, generate, chat, info, report, runs):
+for verb in (demo, train, prune, export, eval, generate, chat, info, report, runs, compare, ablate):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
