@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fusiontree.cli.values import numbers
+from fusiontree.cli.values import amount, numbers
 
 if TYPE_CHECKING:
     from fusiontree.lab.grid.config import GridConfig
@@ -48,8 +48,6 @@ def compare(
 
     Interrupted or killed, the same command goes on where it was.
     """
-    from fusiontree.lab.grid.options import amount
-
     options = common(text, params, steps, seeds, lrs)
     if architectures:
         options["architectures"] = {name.strip(): None for name in architectures.split(",") if name.strip()}
@@ -60,8 +58,6 @@ def compare(
 
 def common(text: list[str] | None, params: str, steps: int | None, seeds: str, lrs: str) -> dict[str, Any]:
     """The options of both verbs, by the name that the setting has in a grid."""
-    from fusiontree.lab.grid.options import amount
-
     options: dict[str, Any] = {}
     if text:
         options["data.train"] = [{"path": path} for path in text]
@@ -88,10 +84,9 @@ def run(
     from fusiontree.lab.grid.tables import tables
     from fusiontree.lab.grid.view import View
 
-    words = list(overrides or [])
-    if grid is not None and "=" in grid and not Path(grid).exists():
-        grid, words = None, [grid, *words]
-    settings = read_grid(kind, None if grid is None else Path(grid), options, words)
+    words: list[str] = [*([] if grid is None else [grid]), *(overrides or [])]
+    file = Path(words.pop(0)) if words and ("=" not in words[0] or Path(words[0]).exists()) else None
+    settings = read_grid(kind, file, options, words)
     if plan:
         show_plan(settings)
         return

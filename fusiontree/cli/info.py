@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from fusiontree.cli.values import amount
 from fusiontree.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,14 +34,21 @@ class Device(str, Enum):
 
 def info(
     target: Annotated[
-        Path,
+        str | None,
         typer.Argument(
             help="Config (YAML), model folder, or run folder.", metavar="CONFIG_OR_CHECKPOINT", show_default=False
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the config's."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the config's or the preset's."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A named architecture, in place of a config.", show_default=False)
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="Size to solve the preset's widths and depth for: 350K, 10M, 1.5B.", show_default=False),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a cache; left out: a config's sequence_length, else 1024.", min=1)
@@ -60,14 +68,22 @@ def info(
 
     from fusiontree.models.accounting import account
 
-    found = read_target(target, overrides or [])
+    settings = overrides or []
+    if preset is not None:
+        found, title = of_preset(preset, params, settings if target is None else [target, *settings]), preset
+    elif target is None or params is not None:
+        raise ConfigError(
+            "info: give a config or a model folder, or --preset NAME, with --params where it is to be solved"
+        )
+    else:
+        found, title = read_target(Path(target), settings), target
     counted = account(found.config, length=length or found.length, batch_size=batch_size or found.rows)
     coming = None if found.run is None else forecast_of(found.run, found.config, processes, device.value)
     if as_json:
         typer.echo(json.dumps(facts(counted, coming), indent=2))
         return
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(str(target))}[/bold]: {describe(found.config)}", soft_wrap=True)
+    console.print(f"[bold]{escape(title)}[/bold]: {describe(found.config)}", soft_wrap=True)
     if found.note:
         console.print(found.note, soft_wrap=True)
     tables = [parameter_table(counted), memory_table(counted), layer_table(counted)]
@@ -108,6 +124,24 @@ def read_target(target: Path, overrides: Sequence[str] = ()) -> Target:
         size, origin = WITHOUT_TOKENIZER, "assumed: the tokenizer, which is not read here, decides"
     sized = run.model_copy(update={"model": {**run.model, "vocab_size": size}})
     return Target(model_config(sized), *shape, f"vocabulary {size:,}: {origin}", run)
+
+
+def of_preset(name: str, params: str | None, overrides: Sequence[str]) -> Target:
+    """A preset with `KEY=VALUE` settings of the model, in the size asked for."""
+    from fusiontree.models.presets import preset
+    from fusiontree.models.solve import solve
+    from fusiontree.train.yaml_files import parse_value
+
+    settings = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not text.strip():
+            raise ConfigError(f"{override!r}: with --preset, settings are KEY=VALUE, for example vocab_size=8192")
+        settings[key.strip().removeprefix("model.")] = parse_value(text, f"override {override!r}")
+    if params is None:
+        return Target(preset(name, **settings))
+    solved = solve(name, params=amount("--params", params), **settings)
+    return Target(solved.config, note=str(solved))
 
 
 def _of_folder(folder: Path) -> HybridConfig:
@@ -156,9 +190,8 @@ def describe(config: HybridConfig) -> str:
     """One line: size and kinds of layers."""
     kinds = [" + ".join(spec.mixers) for spec in config.layer_specs]
     counts = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
-    return (
-        f"hidden {config.hidden_size}, {config.num_hidden_layers} layers ({counts}), vocabulary {config.vocab_size:,}"
-    )
+    sizes = f"{config.num_attention_heads} heads, inner {config.intermediate_size}, vocabulary {config.vocab_size:,}"
+    return f"hidden {config.hidden_size}, {config.num_hidden_layers} layers ({counts}), {sizes}"
 
 
 def parameter_table(counted: Accounting) -> Table:

@@ -1,6 +1,6 @@
 """Prune, export and serve: plans from gates and from measured removal, static export, and the runtime."""
 
-from fusiontree.deploy.apply import apply_plan
+from fusiontree.deploy.apply import apply_plan, cut_branches
 from fusiontree.deploy.export import ExportResult, export_model, export_pruned_model, verify_export
 from fusiontree.deploy.greedy import make_plan
 from fusiontree.deploy.measure import RemovalMeasurement, measure_removal
@@ -21,6 +21,7 @@ __all__ = [
     "Session",
     "apply_plan",
     "console_progress",
+    "cut_branches",
     "export_model",
     "export_pruned_model",
     "load_model",

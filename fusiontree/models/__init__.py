@@ -7,6 +7,7 @@ from fusiontree.models.config import HybridConfig
 from fusiontree.models.convert import from_llama, from_mamba2
 from fusiontree.models.hybrid_model import HybridLanguageModel, HybridOutput
 from fusiontree.models.presets import preset
+from fusiontree.models.solve import Solved, solve
 
 __all__ = [
     "Accounting",
@@ -14,9 +15,11 @@ __all__ = [
     "HybridConfig",
     "HybridLanguageModel",
     "HybridOutput",
+    "Solved",
     "account",
     "compile_blocks",
     "from_llama",
     "from_mamba2",
     "preset",
+    "solve",
 ]

@@ -61,10 +61,18 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
     """Count `config` for `batch_size` rows of `length` tokens; `dtype_bytes` is the size of a cached value."""
     layers = []
     parameters, flops = Counter(dict.fromkeys(PARTS, 0)), Counter(dict.fromkeys(PARTS, 0.0))
-    for i, spec in enumerate(config.layer_specs):
-        own, work = _layer_parameters(config, spec), _layer_flops(config, spec, length)
-        states = _layer_states(config, spec, length, batch_size, dtype_bytes)
-        layers.append(LayerAccount(i, spec.block, spec.mixers, dict(own), sum(work.values()), states))
+    specs = config.layer_specs
+    kinds = {
+        spec: (
+            _layer_parameters(config, spec),
+            _layer_flops(config, spec, length),
+            _layer_states(config, spec, length, batch_size, dtype_bytes),
+        )
+        for spec in set(specs)
+    }
+    for i, spec in enumerate(specs):
+        own, work, states = kinds[spec]
+        layers.append(LayerAccount(i, spec.block, spec.mixers, dict(own), sum(work.values()), dict(states)))
         parameters.update(own)
         flops.update(work)
     vocabulary = config.vocab_size * config.hidden_size

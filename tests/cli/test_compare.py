@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
+from fusiontree.cli.values import amount
+from fusiontree.errors import ConfigError
 from tests.cli.conftest import Call
 from tests.lab.grid.tiny import content, tiny_file
 
@@ -32,3 +36,10 @@ def test_a_small_comparison_from_the_command_line(call: Call, tmp_path: Path) ->
     assert "llama/seed-0: validation loss" in result.stdout and (tmp_path / "out" / "report.md").is_file()
     report = call("report", tmp_path / "out")
     assert report.exit_code == 0 and "report.html" in report.output
+
+
+def test_amounts() -> None:
+    assert [amount("--params", text) for text in ("2.5M", "1e3", "3k", "1B")] == [2.5e6, 1e3, 3e3, 1e9]
+    for text in ("many", "-1", "0", "M", "inf"):
+        with pytest.raises(ConfigError, match="--params"):
+            amount("--params", text)

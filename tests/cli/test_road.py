@@ -146,3 +146,10 @@ def test_tokenizer_and_data_make_folders_that_train_takes(
     tokenizer = f"data.tokenizer={{path: {tmp_path / 'tokenizer'}}}"
     trained = call("train", config, source, tokenizer, f"system.run_dir={tmp_path / 'run'}", "training.steps=1")
     assert trained.exit_code == 0, trained.output
+
+
+def test_info_solves_a_preset(call: Call) -> None:
+    result = call("info", "--preset", "llama", "--params", "10M", "vocab_size=4096", "model.num_hidden_layers=5")
+    assert result.exit_code == 0, result.output
+    assert "5 layers (5 × attention)" in result.stdout and "from the 10,000,000 asked" in result.stdout
+    assert call("info", "--preset", "mamba2", "--json").stdout.startswith("{")

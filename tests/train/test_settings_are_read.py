@@ -247,6 +247,8 @@ MODEL: dict[str, tuple[Any, dict[str, Any]]] = {
     "hidden_act": ("relu", {}),
     "drop_branch_prob": (0.9, {}),
     "layers": ([{"mixers": ["mamba"]}, {}], {}),
+    "block": ("sequential", {"mixers": ["attention"]}),
+    "mixers": (["attention"], {}),
     "tie_word_embeddings": (False, {}),
     "initializer_range": (0.1, {}),
     "use_cache": (False, {}),

@@ -7,6 +7,8 @@ from typing import Any
 from fusiontree.errors import ConfigError
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "no_mamba": {"mixers": ["attention"]},
+    "no_attention": {"mixers": ["mamba"]},
     "no_srte": {"srte": "none"},
     "learned_srte": {"srte": "learned"},
     "low_rank_srte": {"srte": "low_rank"},

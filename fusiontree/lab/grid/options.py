@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fusiontree.errors import ConfigError
 from fusiontree.lab.grid.config import AblateConfig, CompareConfig, GridConfig, parse_grid
 from fusiontree.train.config import apply_override, read_overridden
 
@@ -35,16 +34,3 @@ def _put(content: dict[str, Any], keys: list[str], value: Any) -> None:
             content[key] = {}
         content = content[key]
     content[last] = value
-
-
-def amount(flag: str, text: str) -> float:
-    """A number with K, M, B or T behind it: 2.5M, 1e15."""
-    sizes = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
-    size = sizes.get(text[-1:].upper(), 1.0)
-    try:
-        value = float(text[:-1] if size > 1 else text) * size
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{flag} {text}: a positive number such as 2.5M is allowed")
-    return value

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fusiontree.lab.canvas import COLOURS, HEIGHT, STYLE, new_axes, smooth
 from fusiontree.lab.grid.tables import UNITS, cached_bytes
@@ -70,10 +70,10 @@ def _loss_by_length(view: View) -> Figure | None:
     ticks: set[int] = set()
     for name in view.names:
         points = []
-        for key in sorted({key for run in view.runs(name) for key in run["by_length"]}, key=int):
-            value = view.estimate(name, lambda run, key=key: run["by_length"].get(key, {}))
+        for multiple in sorted({int(key) for run in view.runs(name) for key in run["by_length"]}):
+            value = view.loss_at(name, multiple)
             if value is not None:
-                points.append((int(key) * length, value.mean, value.error or 0.0))
+                points.append((multiple * length, value.mean, value.error or 0.0))
         if len(points) < 2:
             continue
         x, y, error = zip(*points, strict=True)
@@ -126,6 +126,6 @@ def _effects(view: View) -> Figure | None:
         )
     axes.axvline(0, color=COLOURS["muted"], linewidth=0.8)
     axes.set_yticks(range(len(found)), [name for name, _ in found])
-    axes.xaxis.get_major_locator().set_params(integer=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="effect on the loss, nats per token", ylim=(len(found) - 0.5, -0.5))
     return figure

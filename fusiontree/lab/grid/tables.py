@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from fusiontree.lab.grid.statistics import Estimate
@@ -146,7 +147,7 @@ def by_length(view: View) -> Table:
         for multiple in multiples:
             entries = [run["by_length"].get(str(multiple), {}) for run in view.runs(name)]
             why = next((entry["why"] for entry in entries if "why" in entry), None)
-            cells.append(why or estimate(view.estimate(name, lambda run, m=multiple: run["by_length"][str(m)])))
+            cells.append(why or estimate(view.loss_at(name, multiple)))
         rows.append([name, *cells])
     beyond = [
         f"{entry['beyond']:.0%} at {multiple}×"
@@ -217,7 +218,8 @@ def recall(view: View) -> Table:
         for task in tasks:
             entries = [run["tasks"].get(task, {}) for run in view.runs(name)]
             why = next((entry["why"] for entry in entries if "why" in entry), None)
-            cells.append(why or number(view.mean(name, lambda run, t=task: run["tasks"][t]["accuracy"]), 1))
+            accuracies = [entry["accuracy"] for entry in entries if "accuracy" in entry]
+            cells.append(why or number(fmean(accuracies) if accuracies else math.nan, 1))
         rows.append([name, *cells])
     lead = (
         "Percent, greedy. recall: multi-query associative recall in words of the tokenizer; needle_code: a code in a "

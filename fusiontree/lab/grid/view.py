@@ -62,6 +62,10 @@ class View:
         """Validation loss in nats per token."""
         return self.estimate(name, lambda run: run["validation"])
 
+    def loss_at(self, name: str, multiple: int) -> Estimate | None:
+        """Loss in rows of so many times the training length; None where the model cannot read them."""
+        return self.estimate(name, lambda run: run["by_length"].get(str(multiple), {}))
+
     def effect(self, name: str) -> Estimate | None:
         """Loss less that of the first architecture, run by run of the same seed; window by window where there is one.
 

@@ -4,7 +4,7 @@ from fusiontree.errors import ConfigError
 from fusiontree.lab.grid.changes import CHANGES
 from fusiontree.lab.grid.config import AblateConfig, CompareConfig, parse_grid
 from fusiontree.lab.grid.matching import contenders
-from fusiontree.lab.grid.options import amount, read_grid
+from fusiontree.lab.grid.options import read_grid
 from fusiontree.models.presets import preset
 from tests.lab.grid.tiny import MODEL, content, tiny_ablation, tiny_file, tiny_grid
 
@@ -104,13 +104,6 @@ def test_matched_by_flops_the_steps_differ_and_the_work_does_not(tmp_path):
     assert llama.steps == 100 and llama.off == 0 and mamba.steps > 100
     assert abs(mamba.training_flops / llama.training_flops - 1) == pytest.approx(abs(mamba.off)) and mamba.off < 0.01
     assert llama.cost(50) == pytest.approx(llama.training_flops / 2)
-
-
-def test_amounts():
-    assert [amount("--params", text) for text in ("2.5M", "1e3", "3k", "1B")] == [2.5e6, 1e3, 3e3, 1e9]
-    for text in ("many", "-1", "0", "M", "inf"):
-        with pytest.raises(ConfigError, match="--params"):
-            amount("--params", text)
 
 
 def test_both_kinds_refuse_each_others_files(tmp_path):
