@@ -46,7 +46,7 @@ def alone(out: Path) -> Iterator[None]:
     try:
         yield
     except FusionTreeError:
-        if new and not (out / RUNS).exists():
+        if new and not any((out / RUNS).glob("*/*/config.yaml")):  # which a run writes when it begins
             shutil.rmtree(out, ignore_errors=True)
         raise
     finally:
