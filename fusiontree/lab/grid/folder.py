@@ -126,7 +126,7 @@ def read_results(path: Path) -> Content:
 
 def _binding(content: Content) -> Content:
     flat = dict(_flat(content["grid"]))
-    return {key: value for key, value in flat.items() if not f"{key}.".startswith(FREE) and key not in FREE}
+    return {key: value for key, value in flat.items() if not key.startswith(FREE)}
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
