@@ -12,6 +12,7 @@ from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
     ablate,
+    bench,
     chat,
     compare,
     data,
@@ -35,6 +36,7 @@ GO_ON = {
     "compare": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
     "ablate": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
     "eval": "run the same command again: it goes on with what has no answer yet",
+    "bench": "run the same command again: it goes on with the sizes that are not measured yet",
     "generate": "the text above is not finished",
     "chat": "the conversation is over",
 }
@@ -80,7 +82,7 @@ app = typer.Typer(
     "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
     "130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, verify, generate, chat, info, report, runs, compare, ablate):
+for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, info, report, runs, compare, ablate):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,9 @@ import torch
 
 from fusiontree.eval.subject import learned_positions
 from fusiontree.eval.system import measure_speed, weight_bytes
+from fusiontree.eval.system.memory import peak_growth, uncounted
 from fusiontree.lab.grid.config import MeasureSection
 from fusiontree.lab.grid.measure import AUTOCAST, Figures
-from fusiontree.lab.grid.peak import peak_growth
 from fusiontree.models import compile_blocks
 from fusiontree.train.config import TrainingSection
 from fusiontree.train.optim import Optimizers, build_optimizers
@@ -80,7 +79,6 @@ def _steps(models: Mapping[str, Any], training: TrainingSection, repeats: int, s
             taken = _step(model, optimizers[name], training)
             if turn >= 0:
                 seconds[name].append(taken)
-    gc.collect()
     for name, model in models.items():
         memory[name] = _step_memory(model, optimizers[name], training)
     tokens = training.sequence_length * training.micro_batch_size * training.accumulation_steps
@@ -116,6 +114,11 @@ def _step(model: Any, optimizers: Optimizers, training: TrainingSection) -> floa
 
 def _step_memory(model: Any, optimizers: Optimizers, training: TrainingSection) -> int | None:
     """Bytes at the peak of a step: weights and optimizer state, and what comes on top; None where nobody counts it."""
-    held = weight_bytes(model) + sum(tensor.nbytes for tensor in optimizers.state_tensors().values())
-    grown = peak_growth(next(model.parameters()).device, lambda: _step(model, optimizers, training))
-    return None if grown is None else held + grown
+    device = next(model.parameters()).device
+    if uncounted(device) is not None:
+        return None
+    with peak_growth(device) as grown:
+        _step(model, optimizers, training)
+        growth = grown()
+    states = sum(tensor.nbytes for tensor in optimizers.state_tensors().values())
+    return weight_bytes(model) + states + growth

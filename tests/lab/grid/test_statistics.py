@@ -1,9 +1,7 @@
 import math
 
 import pytest
-import torch
 
-from fusiontree.lab.grid.peak import peak_growth
 from fusiontree.lab.grid.progress import GridProgress
 from fusiontree.lab.grid.statistics import gradient_spikes, of_seeds, of_windows, paired
 
@@ -46,11 +44,3 @@ def test_the_time_left_is_reckoned_in_work():
         progress.step("a", cost)
     # 20 units took 40 s after the warm-up, 40 are left
     assert shown == [(1, 4, "a"), (2, 4, "a, about 0:50 left"), (3, 4, "a, about 1:20 left")]
-
-
-def test_peak_growth_sees_what_was_given_back():
-    def work() -> None:
-        torch.ones(8 << 20).sum()  # 32 MB
-
-    grown = peak_growth(torch.device("cpu"), work)
-    assert grown is not None and 24e6 < grown < 64e6
