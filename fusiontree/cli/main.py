@@ -12,6 +12,7 @@ from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
     chat,
+    convert,
     data,
     demo,
     eval,
@@ -74,7 +75,7 @@ app = typer.Typer(
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
     "generate. Exit codes: 0 done, 2 the input cannot be used (one line says why), 130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, generate, chat, info, report, runs):
+for verb in (demo, train, prune, export, convert, eval, generate, chat, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
