@@ -155,8 +155,14 @@ def projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
         if config.fusion_rule == "gate" and config.gate_granularity != "layer":
             counts["gate"] = (hidden + config.gates_per_token) * config.gate_rank
         counts["fusion_proj"] = hidden * hidden
-    counts["mlp"] = MLP_MATRICES[config.mlp_type] * hidden * config.intermediate_size
+    counts["mlp"] = config.num_experts * _expert(config)
+    counts["mlp"] += hidden * config.num_experts if config.num_experts > 1 else 0  # the router
     return counts
+
+
+def _expert(config: HybridConfig) -> int:
+    """Weights of one MLP's products."""
+    return MLP_MATRICES[config.mlp_type] * config.hidden_size * config.intermediate_size
 
 
 def norms_of(config: HybridConfig, spec: LayerSpec) -> int:
@@ -179,7 +185,8 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         counts["attention"] += heads * config.head_dim + hidden
     if config.mlp_bias and config.mlp_type != "none":
-        counts["mlp"] += (MLP_MATRICES[config.mlp_type] - 1) * config.intermediate_size + hidden
+        biases = (MLP_MATRICES[config.mlp_type] - 1) * config.intermediate_size + hidden
+        counts["mlp"] += config.num_experts * biases
     if "mamba" in spec.mixers:
         counts["mamba"] += config.mamba_channels * (config.mamba_d_conv + 1) + _mamba_fp32(config)
         counts["mamba"] += config.mamba_inner_size if config.mamba_type == "mamba2" else 0  # the gated norm
@@ -191,6 +198,7 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
 def _layer_flops(config: HybridConfig, spec: LayerSpec, length: int) -> Counter[str]:
     """Per token, mean over a row of `length`."""
     flops: Counter[str] = Counter({part: 2 * count for part, count in projections(config, spec).items()})
+    flops["mlp"] -= 2 * (config.num_experts - config.experts_per_token) * _expert(config)  # those not chosen
     if "mamba" in spec.mixers:
         scan = _ssd_flops(config, length) if config.mamba_type == "mamba2" else _selective_flops(config)
         flops["mamba"] += 2 * config.mamba_d_conv * config.mamba_channels + scan  # type: ignore[assignment]

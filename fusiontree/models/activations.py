@@ -84,6 +84,7 @@ def layer_activations(config: HybridConfig, spec: LayerSpec, run: Pass) -> Layer
         mixers += _MAMBAS[config.mamba_type](config, run) + _mamba_input(config, spec, run)
     if "attention" in spec.mixers:
         mixers += _attention(config, spec, run) + hidden * value
+    mixers += _joint(config, spec, run) if spec.block != "hybrid" else 0
     around = _around_hybrid(config, spec, run) if spec.block == "hybrid" else _around_plain(config, spec, run)
     casts = {part: 0 if value == _F32 else value * count for part, count in projections(config, spec).items()}
     inside = casts.pop("mamba", 0) + casts.pop("attention", 0)
@@ -151,8 +152,11 @@ def _around_hybrid(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
 
 
 def _joint(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
-    """What joins branches without a gate."""
-    return len(spec.mixers) * _rms_norm(config.hidden_size, run) if config.fusion_rule == "mean" else 0
+    """What joins branches without a gate; in plain blocks a part of what selective checkpointing computes again."""
+    if config.fusion_rule != "mean":
+        return 0
+    kept_anyway = spec.block == "hybrid" and config.alignment and run.value_bytes == _F32
+    return len(spec.mixers) * (_rms_norm(config.hidden_size, run) - _F32 * config.hidden_size * kept_anyway)
 
 
 def _gate(config: HybridConfig) -> int:
@@ -165,16 +169,22 @@ def _gate(config: HybridConfig) -> int:
 
 def _around_plain(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
     """Norms, the MLP and its input, which a parallel block shares with the mixer where they share the norm."""
-    around = norms_of(config, spec) * _norm(config, run) + _joint(config, spec, run)
+    around = norms_of(config, spec) * _norm(config, run)
     if config.mlp_type == "none":
         return around
-    shared = spec.block == "parallel" and config.parallel_norms == 1
+    shared = spec.block == "parallel" and config.parallel_norms == 1 and run.value_bytes == _F32
+    if spec.block == "parallel" and config.parallel_norms == 2:
+        around -= _F32 * config.hidden_size  # both norms read the same tensor
     return around + run.value_bytes * (config.hidden_size * (not shared) + _mlp(config))
 
 
 def _mlp(config: HybridConfig) -> int:
-    """Numbers: before and after the activation; a gated unit has a second factor and the product, too."""
-    return {"mlp": 2, "swiglu": 4, "geglu": 4, "none": 0}[config.mlp_type] * config.intermediate_size
+    """Numbers: before and after the activation; a gated unit has a second factor and the product, too. Of experts those
+    of the chosen ones, and for each its input and its result before and after it is weighed, and the router's."""
+    inner = {"mlp": 2, "swiglu": 4, "geglu": 4, "none": 0}[config.mlp_type] * config.intermediate_size
+    if config.num_experts == 1:
+        return inner
+    return config.experts_per_token * (inner + 3 * config.hidden_size) + 2 * config.num_experts
 
 
 def _mamba_input(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
@@ -244,8 +254,9 @@ def _attention(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
         copied = 0 if shares == 1 and whole else 2
         total += (end - first) * ((1 + copied) * size * run.value_bytes + _F32) + _blocks(run)
     # Views keep the tensors they look into: the turned queries and keys, and the projection's result.
-    total += size * run.value_bytes * ((heads + kv_heads) * ("queries" in views))
-    total += size * run.value_bytes * ((heads + 2 * kv_heads) * ("values" in views))
+    turned = "rope" in _positions(config, spec)
+    total += size * run.value_bytes * ((heads + kv_heads) * ("queries" in views and turned))
+    total += size * run.value_bytes * ((heads + 2 * kv_heads) * ("values" in views or (bool(views) and not turned)))
     # SDPA lays its result out as the output projection wants it: one tensor serves both.
     single = len(groups) == 1 and groups[0][2] is None and not _blocks(run)
     return total + (0 if single else heads * size * run.value_bytes)
@@ -286,7 +297,8 @@ def _masks(config: HybridConfig, run: Pass) -> int:
         if window is not None and window < run.length:
             block, before = window_blocks(run.length, window)
             total += rows * -(-run.length // block) * block * (before + 1) * block
-    wide = any(global_heads(config, spec) for spec in specs) or any(w and w >= run.length for w in windows)
+    wide = any(global_heads(config, spec) for spec in specs) and config.head_positions(True) != "alibi"
+    wide |= any(w and w >= run.length for w in windows) and not _falls_locally(config)
     if run.packed and wide and query_block(run.length, run.length) == run.length:
         total += rows * run.length**2
     return run.value_bytes * (total + sum(_falls(group, rows, run) for group in _alibi_groups(config)))

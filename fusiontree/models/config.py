@@ -35,7 +35,8 @@ class HybridConfig(PreTrainedConfig):
     heads of `mamba_head_dim`. SRTE: the time encoding added to the Mamba branch.
     Fusion: `fusion_rule` gate, sum, or mean (of the normed branches); without `alignment` the gate and the MLP see the
     branches' sum. `norm_type` rms or layer, `norm_placement` post, pre or sandwich; `parallel_norms`: whether mixer and
-    MLP of a parallel block have a norm each. `mlp_type`: mlp (with `hidden_act`), swiglu, geglu or none.
+    MLP of a parallel block have a norm each. `mlp_type`: mlp (with `hidden_act`), swiglu, geglu or none; of more than
+    one `num_experts` each token takes its best `experts_per_token`.
     Variants: `window_growth` G widens the window with depth, doubling in steps from `sliding_window` to G times that;
     `cross_rank` gives each branch a glance of that rank at the other; `gate_granularity`: how many gates a token has.
     `block` and `mixers`: what every layer is, a FusionTree block where nothing is said. `layers`: one dict per layer
@@ -87,6 +88,8 @@ class HybridConfig(PreTrainedConfig):
     mlp_type: str = "mlp"
     intermediate_size: int = None  # type: ignore[assignment]  # left out: 2 * hidden_size
     hidden_act: str = "gelu"
+    num_experts: int = 1
+    experts_per_token: int = 1
     attention_bias: bool = False
     mlp_bias: bool = False
     embedding_norm: bool = False

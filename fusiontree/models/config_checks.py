@@ -28,7 +28,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _WHOLE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "mamba_d_state", "mamba_d_conv", "mamba_head_dim", "mamba_n_groups", "mamba_chunk_size",
-    "srte_rank", "gate_rank", "intermediate_size",
+    "srte_rank", "gate_rank", "intermediate_size", "num_experts", "experts_per_token",
 )  # fmt: skip
 _POSITIVE = ("rope_theta", "rope_factor", "mamba_expand", "norm_eps")
 _OR_NONE = ("rope_original_length", "mamba_dt_rank")
@@ -61,6 +61,10 @@ def check_values(config: HybridConfig) -> None:
     for name in _SWITCHES:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name}={getattr(config, name)!r}: must be true or false")
+    if config.experts_per_token > config.num_experts:
+        raise ConfigError(
+            f"experts_per_token={config.experts_per_token}: must be between 1 and num_experts={config.num_experts}"
+        )
     if config.parallel_norms not in (1, 2) or isinstance(config.parallel_norms, bool):
         raise ConfigError(f"parallel_norms={config.parallel_norms!r}: must be 1 or 2")
     if not is_whole(config.cross_rank) or config.cross_rank < 0:
@@ -114,6 +118,8 @@ def check_mixers(config: HybridConfig) -> None:
 def _check_blocks(config: HybridConfig) -> None:
     """Settings that need each other in the blocks there are."""
     blocks = {spec.block for spec in config.layer_specs}
+    if config.num_experts > 1 and config.mlp_type == "none":
+        raise ConfigError(f"num_experts={config.num_experts}: mlp_type='none' has no MLP to make experts of")
     if "parallel" in blocks:
         if config.mlp_type == "none":
             raise ConfigError("mlp_type='none': a parallel block has its MLP beside the mixer; give it one")

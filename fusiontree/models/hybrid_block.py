@@ -17,7 +17,7 @@ from fusiontree.models.config import HybridConfig, LayerSpec
 from fusiontree.models.fusion import Alignment, CrossFusion, build_gate, build_joint, fuse, total
 from fusiontree.models.linear import Linear
 from fusiontree.models.mixers import build_mixers
-from fusiontree.models.mlp import build_mlp
+from fusiontree.models.mlp import build_mlp, run_mlp
 from fusiontree.models.norms import build_norm
 from fusiontree.models.plain_block import ParallelBlock, SequentialBlock
 from fusiontree.models.positions import Positions
@@ -73,12 +73,14 @@ class HybridBlock(Block):
         gate = None if self.gate is None else self.gate(a)
         fused = self.joint(seen) if gate is None else fuse(gate, seen)  # type: ignore[misc]
         update = self.fusion_proj(fused)
+        routing = None
         if self.mlp is not None:
-            update = update + self.mlp(a)
+            small, routing = run_mlp(self.mlp, a)
+            update = update + small
         y = self._join(x, update)
         if not watch or gate is None or len(branches) < 2:
-            return LayerOutput(y)
-        return LayerOutput(y, gate, _rms(branches))
+            return LayerOutput(y, routing=routing)
+        return LayerOutput(y, gate, _rms(branches), routing)
 
     def _branches(
         self, z: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None, removed: str | None

@@ -22,6 +22,7 @@ SRTE scale                       0.1; tables as embeddings
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ _INTO_RESIDUAL: dict[type[nn.Module], tuple[str, ...]] = {
     SequentialBlock: _LAST,
     ParallelBlock: _LAST,
 }
+_EXPERT = re.compile(r"^mlp\.experts\.\d+\.")  # each expert ends as the MLP in its place would
 _DT_MIN, _DT_MAX = 1e-3, 0.1
 
 
@@ -74,9 +76,9 @@ def init_module(module: nn.Module, config: HybridConfig) -> None:
         bound = 1 / math.sqrt(module.dt_proj.in_features)
         init.uniform_(module.dt_proj.weight, -bound, bound)
     inner = dict(module.named_modules())
-    for name in _INTO_RESIDUAL.get(type(module), ()):
-        if name in inner:
-            init.normal_(inner[name].weight, mean=0.0, std=std / math.sqrt(2 * config.num_hidden_layers))
+    names = _INTO_RESIDUAL.get(type(module), ())
+    for name in (name for name in inner if _EXPERT.sub("mlp.", name) in names):
+        init.normal_(inner[name].weight, mean=0.0, std=std / math.sqrt(2 * config.num_hidden_layers))
 
 
 def _init_convolution(module: MambaBlock | Mamba1Block) -> None:

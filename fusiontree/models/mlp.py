@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.experts import MixtureOfExperts, Routing
 from fusiontree.models.linear import Linear
 
 
@@ -50,5 +51,14 @@ MLPS: dict[str, type[MLP] | type[SwiGLU]] = {"mlp": MLP, "swiglu": SwiGLU, "gegl
 
 
 def build_mlp(config: HybridConfig) -> nn.Module | None:
-    """The MLP that `config.mlp_type` names; None for none."""
-    return MLPS[config.mlp_type](config) if config.mlp_type != "none" else None
+    """The MLP that `config.mlp_type` names, or several as experts; None for none."""
+    if config.mlp_type == "none":
+        return None
+    kind = MLPS[config.mlp_type]
+    return MixtureOfExperts(config, kind) if config.num_experts > 1 else kind(config)
+
+
+def run_mlp(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Routing | None]:
+    """What the MLP makes of x (B, L, H), and where a mixture of experts sent its tokens."""
+    made = mlp(x)
+    return made if isinstance(made, tuple) else (made, None)

@@ -14,7 +14,7 @@ from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
 from fusiontree.models.fusion import build_joint
 from fusiontree.models.mixers import build_mixers
-from fusiontree.models.mlp import build_mlp
+from fusiontree.models.mlp import build_mlp, run_mlp
 from fusiontree.models.norms import build_norm
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
@@ -89,9 +89,9 @@ class SequentialBlock(PlainBlock):
         x = self.norm(x) if post else x
         if self.mlp is None or self.mlp_norm is None:
             return LayerOutput(x)
-        update = self.mlp(x if post else self.mlp_norm(x))
+        update, routing = run_mlp(self.mlp, x if post else self.mlp_norm(x))
         x = x + (update if self.mlp_out_norm is None else self.mlp_out_norm(update))
-        return LayerOutput(self.mlp_norm(x) if post else x)
+        return LayerOutput(self.mlp_norm(x) if post else x, routing=routing)
 
 
 class ParallelBlock(PlainBlock):
@@ -118,6 +118,7 @@ class ParallelBlock(PlainBlock):
         post = self.placement == "post"
         z = x if post else self.norm(x)
         update = self._mixed(z, positions, segments, cache, removed, recompute_branches)
-        update = update + self.mlp(z if self.mlp_norm is None else self.mlp_norm(x))  # type: ignore[misc]
+        beside, routing = run_mlp(self.mlp, z if self.mlp_norm is None else self.mlp_norm(x))  # type: ignore[arg-type]
+        update = update + beside
         x = x + (update if self.out_norm is None else self.out_norm(update))
-        return LayerOutput(self.norm(x) if post else x)
+        return LayerOutput(self.norm(x) if post else x, routing=routing)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fusiontree.models.block import LayerOutput
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.experts import Routing
 from fusiontree.models.hybrid_block import build_block
 from fusiontree.models.init import init_module
 from fusiontree.models.inputs import described, valid_tokens
@@ -46,7 +47,13 @@ class Stacked:
         self.hidden = moved(self.hidden)
         if self.hidden_states is not None:
             self.hidden_states = tuple(moved(h) for h in self.hidden_states)
-        self.outputs = [out if out.gate is None else out._replace(gate=moved(out.gate)) for out in self.outputs]
+        self.outputs = [
+            out._replace(
+                gate=None if out.gate is None else moved(out.gate),
+                routing=None if out.routing is None else Routing(*map(moved, out.routing)),
+            )
+            for out in self.outputs
+        ]
         if self.document_starts is not None:
             self.document_starts = moved(self.document_starts)
 

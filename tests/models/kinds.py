@@ -108,6 +108,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 5,
         "mamba_dt_limit": (0.05, 1.0),
     },
+    "experts": {"num_experts": 4, "experts_per_token": 2, "mlp_type": "swiglu", "norm_placement": "pre"},
     "untied": {"tie_word_embeddings": False, "mlp_type": "none"},
 }
 

@@ -45,6 +45,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("hymba", {}),
     "sum in the hybrid block": ("sum_unaligned", {"cross_rank": 0}),
     "mean in the hybrid block": ("mean_mamba1", {"mamba_type": "mamba2"}),
+    "experts": ("experts", {}),
     "gate without alignment": ("post", {"alignment": False, "norm_placement": "pre"}),
 }
 SIZES = {"hidden_size": 64, "mamba_head_dim": 16, "mamba_d_state": 16, "gate_rank": 8, "mamba_chunk_size": 32}

@@ -63,6 +63,8 @@ REFUSED = {
     "mlp_bias": ["x"],
     "embedding_norm": [0],
     "parallel_norms": [0, 3, True],
+    "num_experts": [0, 1.5],
+    "experts_per_token": [0, 2],
     "mixers": ["mamba", [], ["mlp"], 3],
 }
 REFUSED_LAYERS = [
@@ -214,6 +216,8 @@ FLIPS = {
     "attention_bias": (True, {}),
     "mlp_bias": (True, {}),
     "embedding_norm": (True, {}),
+    "num_experts": (3, {}),
+    "experts_per_token": (2, {"num_experts": 3}),
     "parallel_norms": (2, {"block": "parallel", "mixers": ["attention"], "norm_placement": "pre"}),
     "mixers": (["attention"], {}),
 }
@@ -306,6 +310,7 @@ def test_what_makes_each_preset_itself() -> None:
     [
         ({"block": "parallel", "mixers": ["attention"], "mlp_type": "none"}, "mlp_type='none'"),
         ({"block": "parallel", "mixers": ["attention"], "parallel_norms": 2}, "parallel_norms=2"),
+        ({"num_experts": 2, "mlp_type": "none"}, "num_experts=2"),
         ({"fusion_rule": "sum", "mlp_type": "none"}, "alignment=True: without a gate and an MLP"),
     ],
 )
