@@ -24,6 +24,7 @@ from fusiontree.cli import (
     runs,
     tokenizer,
     train,
+    verify,
 )
 from fusiontree.errors import FusionTreeError, LostRankError
 
@@ -73,9 +74,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
-    "generate. Exit codes: 0 done, 2 the input cannot be used (one line says why), 130 interrupted.",
+    "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
+    "130 interrupted.",
 )
-for verb in (demo, train, prune, export, convert, eval, generate, chat, info, report, runs):
+for verb in (demo, train, prune, export, convert, eval, verify, generate, chat, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

@@ -79,7 +79,7 @@ def read_files(
     for path in files:
         before = bad.documents
         for section in open_sections(path, source, advance, stretch):
-            document = _document(path, section, source, bad)
+            document = read_section(path, section, source, bad)
             if document is not None:
                 bad.documents += 1
                 yield document
@@ -102,7 +102,8 @@ def read_texts(sources: Sequence[SourceConfig], max_bytes: int | None = None) ->
                     break
 
 
-def _document(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> Document | None:
+def read_section(path: Path, section: Section, source: SourceConfig, bad: BadRecords) -> Document | None:
+    """The document in a stretch of a file between two separators; else what is wrong is counted in `bad`."""
     if section.size > source.max_document_bytes:
         reason = f"{section.size} bytes, longer than max_document_bytes {source.max_document_bytes}"
         bad.add(str(path), section.line, reason)

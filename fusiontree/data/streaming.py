@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fusiontree.data.config import SourceConfig
-from fusiontree.data.hub import open_stream
-from fusiontree.data.records import BadRecords, RecordError, without_surrogates
+from fusiontree.data.hub import document_of, open_stream
+from fusiontree.data.records import BadRecords
 from fusiontree.data.rows import WHOLE, Part
 from fusiontree.data.shuffle import Numbers, make_key, permute
 from fusiontree.data.store import Tokens
@@ -79,8 +79,9 @@ class TextStream:
             record = self._next_record()
             if record is None:
                 break
-            text = self._usable(record.get(self._source.text_field))
+            text = document_of(record, self._record, self._source, self.bad_records)
             if text is not None:
+                self.bad_records.documents += 1
                 texts.append(text)
                 characters += len(text)
         return texts
@@ -88,30 +89,13 @@ class TextStream:
     def _next_record(self) -> dict[str, Any] | None:
         try:
             record: dict[str, Any] | None = next(self._records, None)
+        except DataError:
+            raise
         except Exception as error:  # datasets and what it reads with raise many types, none of them documented
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(f"{self._source.path}: cannot be read after record {self._record}: {reason}") from error
         self._record, self._read_since = self._record + 1, True
         return record
-
-    def _usable(self, text: Any) -> str | None:
-        """The text if it is a document; else it is counted."""
-        source, bad = self._source, self.bad_records
-        try:
-            if not isinstance(text, str):
-                raise RecordError(f'field "{source.text_field}" is not a string but {type(text).__name__}')
-            if (size := len(text.encode("utf-8", "surrogatepass"))) > source.max_document_bytes:
-                raise RecordError(f"{size} bytes, longer than max_document_bytes {source.max_document_bytes}")
-            whole = without_surrogates(text, "replace" if source.invalid_text == "replace" else "strict")
-        except RecordError as error:
-            bad.add(source.path, self._record, str(error))
-            return None
-        if len(whole.strip()) < source.min_length:
-            bad.short += 1
-            return None
-        bad.mended += whole is not text
-        bad.documents += 1
-        return whole
 
 
 class StreamRows:

@@ -32,7 +32,7 @@ def load_subject(
     """
     name = str(place)
     _check(name)
-    words = _tokenizer(str(tokenizer or place), trust_remote_code)
+    words = load_tokenizer(str(tokenizer or place), trust_remote_code)
     model = load_causal_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return Subject(model, words, max_length=max_length, batch_size=batch_size, name=name)
 
@@ -89,7 +89,8 @@ def _model(name: str, local: bool, dtype: torch.dtype | None, trust_remote_code:
     return model
 
 
-def _tokenizer(name: str, trust_remote_code: bool) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or of a name on the hub; CheckpointError when there is none."""
     local = _is_local(name)
     if local and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         raise CheckpointError(f"{name}: has no tokenizer (tokenizer.json); name one with --tokenizer")

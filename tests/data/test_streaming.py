@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from pydantic import ValidationError
 
 from fusiontree.data import Batch, DataConfig, Loader, SourceConfig, build_loader, prepare_static, streaming
@@ -139,18 +142,16 @@ def test_stages_and_synthetic_rows_go_with_a_stream(make) -> None:
     assert same(list(islice(alone, 4)), short)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_local_files_of_other_formats(make, tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"a.{kind}"
+    line = json.dumps({"text": "one document\nof two lines"}).encode()
     if kind == "txt":
         path.write_text("one document\nof two lines")
     elif kind == "parquet":
-        import pyarrow as pa
-        from pyarrow import parquet
-
         parquet.write_table(pa.table({"text": ["one document\nof two lines"]}), path)
     else:
-        path.write_bytes(gzip.compress(json.dumps({"text": "one document\nof two lines"}).encode()))
+        path.write_bytes(gzip.compress(line) if kind == "jsonl.gz" else pa.Codec("zstd").compress(line, asbytes=True))
     loader = make(train=[SourceConfig(path=str(path), mode="streaming")])
     assert text_of(next(iter(loader))).startswith("one document\nof two lines$one document")
 
@@ -167,7 +168,7 @@ def test_unusable_records_are_counted_and_too_many_stop(make, tmp_path: Path) ->
     assert (bad.documents, bad.count, bad.short) == (39, 2, 1)
     assert bad.examples == [
         f'{path}:2: field "text" is not a string but NoneType',
-        f"{path}:4: 300 bytes, longer than max_document_bytes 200",
+        f"{path}:4: 312 bytes, longer than max_document_bytes 200",
     ]
     strict = make(train=[SourceConfig(**source, max_bad_fraction=0.0)])
     with pytest.raises(DataError, match="records are bad, more than max_bad_fraction 0 allows"):
@@ -176,10 +177,25 @@ def test_unusable_records_are_counted_and_too_many_stop(make, tmp_path: Path) ->
         next(iter(make(train=[SourceConfig(**{**source, "text_field": "body"})])))
 
 
-def test_what_datasets_cannot_read_is_named(make, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 3 + "{broken\n")
-    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read after record \d+: ") as caught:
-        next(iter(make(train=[SourceConfig(path=str(tmp_path / "a.jsonl"), mode="streaming")])))
+@pytest.mark.fault(row=14)
+def test_a_broken_line_is_skipped_by_name_and_the_rest_kept(make, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"<{number}>"}).encode() for number in range(300)]
+    lines[7], lines[200] = b"{broken", b'{"text": "\xff"}'
+    path.write_bytes(b"\n".join(lines))
+    loader = make(train=[SourceConfig(path=str(path), mode="streaming")])
+    read = "".join(text_of(batch) for batch in islice(loader, 60))
+    assert {int(number) for number in re.findall(r"<(\d+)>", read)} == set(range(300)) - {7, 200}
+    assert loader.bad_records.examples[:2] == [
+        f"{path}:8: malformed JSON: Expecting property name enclosed in double quotes at column 2",
+        f"{path}:201: invalid UTF-8 at byte 10",
+    ]
+
+
+def test_what_cannot_be_read_is_named(make, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 3)[:-12])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read after line \d+: ") as caught:
+        next(iter(make(train=[SourceConfig(path=str(tmp_path / "a.jsonl.gz"), mode="streaming")])))
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="no such file"):
         make(train=[SourceConfig(path=str(tmp_path / "none.jsonl"), mode="streaming")])
