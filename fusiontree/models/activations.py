@@ -306,7 +306,7 @@ def _masks(config: HybridConfig, run: Pass) -> int:
 
 def _alibi_groups(config: HybridConfig) -> set[tuple[int, int | None]]:
     """Heads and window of each group that has ALiBi."""
-    groups = set()
+    groups: set[tuple[int, int | None]] = set()
     for spec in config.layer_specs:
         wide, heads = global_heads(config, spec), config.num_attention_heads
         if "attention" in spec.mixers:

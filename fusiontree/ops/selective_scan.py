@@ -95,7 +95,7 @@ def tokens_at_once(batch: int, channels: int, state: int, device: str) -> int:
 
 
 def _pieces(x: Tensor, A: Tensor) -> list[slice]:
-    size = tokens_at_once(x.shape[0], *A.shape, x.device.type)
+    size = tokens_at_once(x.shape[0], A.shape[0], A.shape[1], x.device.type)
     return [slice(begin, begin + size) for begin in range(0, x.shape[1], size)]
 
 

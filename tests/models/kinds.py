@@ -99,7 +99,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba": {"preset": "mamba"},
     "falcon_h1": {"preset": "falcon_h1_like", "norm_placement": "sandwich"},
     "hymba": {"preset": "hymba_like", "sliding_window": 5, "num_hidden_layers": 4},
-    "sum_unaligned": {"fusion_rule": "sum", "alignment": False, "cross_rank": 2},
     "mean_mamba1": {
         "fusion_rule": "mean",
         "norm_type": "layer",
@@ -108,7 +107,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 5,
         "mamba_dt_limit": (0.05, 1.0),
     },
-    "experts": {"num_experts": 4, "experts_per_token": 2, "mlp_type": "swiglu", "norm_placement": "pre"},
+    "experts": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "mlp_type": "swiglu",
+        "norm_placement": "pre",
+        "srte": "none",
+        "fusion_rule": "sum",
+        "alignment": False,
+        "cross_rank": 2,
+    },
     "untied": {"tie_word_embeddings": False, "mlp_type": "none"},
 }
 

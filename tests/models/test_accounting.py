@@ -33,9 +33,9 @@ PART_OF = {
 
 def part_of(name: str) -> str:
     words = name.split(".")
-    for word in ("alignment", "cross", "mamba", "attention", "srte"):
+    for word in ("branch_norms", "alignment", "cross", "mamba", "attention", "srte"):
         if word in words:
-            return word
+            return PART_OF.get(word, word)
     return next(PART_OF[word] for word in words if word in PART_OF)
 
 

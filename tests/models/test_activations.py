@@ -43,7 +43,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "sum": ("falcon_h1", {}),
     "mean": ("hymba", {}),
-    "sum in the hybrid block": ("sum_unaligned", {"cross_rank": 0}),
+    "sum in the hybrid block": ("post", {"fusion_rule": "sum", "alignment": False}),
     "mean in the hybrid block": ("mean_mamba1", {"mamba_type": "mamba2"}),
     "experts": ("experts", {}),
     "gate without alignment": ("post", {"alignment": False, "norm_placement": "pre"}),

@@ -257,7 +257,13 @@ def test_every_setting_changes_something(name: str) -> None:
     assert shapes != other_shapes or not torch.equal(logits, other)
 
 
-TRANSFORMERS = ("gpt2", "llama", "mistral", "bloom")
+BLOCKS_OF = {  # by the first word of a preset's name; the others are transformers
+    "fusiontree": ("hybrid", ("mamba", "attention")),
+    "mamba": ("sequential", ("mamba",)),
+    "mamba2": ("sequential", ("mamba",)),
+    "hymba": ("sequential", ("mamba", "attention")),
+    "falcon": ("parallel", ("attention",)),
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -265,12 +271,8 @@ def test_presets(name: str) -> None:
     config = preset(name, vocab_size=61, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
     blocks = {(spec.block, spec.mixers) for spec in config.layer_specs}
     assert len(config.layers) == 3
-    assert blocks == {
-        **dict.fromkeys(TRANSFORMERS, {("sequential", ("attention",))}),
-        **dict.fromkeys(("mamba", "mamba2"), {("sequential", ("mamba",))}),
-        **dict.fromkeys(("falcon_h1_like", "hymba_like"), {("sequential", ("mamba", "attention"))}),
-        "falcon": {("parallel", ("attention",))},
-    }.get(name, {("hybrid", ("mamba", "attention"))})
+    kind = "hymba" if name == "falcon_h1_like" else name.partition("_")[0]
+    assert blocks == {BLOCKS_OF.get(kind, ("sequential", ("attention",)))}
     model = HybridLanguageModel(config)
     assert model(tokens(1, 7)).logits.shape == (1, 7, 61)
     names = [n for n, _ in model.named_parameters()]
