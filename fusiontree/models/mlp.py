@@ -60,5 +60,7 @@ def build_mlp(config: HybridConfig) -> nn.Module | None:
 
 def run_mlp(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Routing | None]:
     """What the MLP makes of x (B, L, H), and where a mixture of experts sent its tokens."""
-    made = mlp(x)
-    return made if isinstance(made, tuple) else (made, None)
+    if isinstance(mlp, MixtureOfExperts):
+        made, routing = mlp(x)
+        return made, routing
+    return mlp(x), None
