@@ -82,18 +82,21 @@ def _batches(data: list[str], tokenizer: Any, length: int, rows: int) -> Iterabl
 
 
 def _shown(read: ReadText | None, batches: list[Any], tokenizer: Any, most: int) -> ReadText:
-    """The beginning of the text, else of the first document of the data."""
+    """The beginning of the text, else of the longest stretch of one document in the data."""
     from fusiontree.eval.gates import ReadText
     from fusiontree.eval.gates.observe import pieces_of
 
     if read is not None:
         return ReadText(read.ids[:most], read.pieces[:most])
-    if not batches:
-        raise DataError("--data: there is no text in it")
-    ids = batches[0]["input_ids"][0].tolist()
-    positions = batches[0]["position_ids"][0].tolist()
-    end = next((i for i in range(1, len(ids)) if positions[i] == 0), len(ids))
-    return ReadText(ids[: min(end, most)], pieces_of(tokenizer, ids[: min(end, most)]))
+    ids = max((stretch for batch in batches for stretch in _stretches(batch)), key=len, default=[])[:most]
+    return ReadText(ids, pieces_of(tokenizer, ids))
+
+
+def _stretches(batch: Any) -> Iterable[list[int]]:
+    """Ids of each document in a packed batch."""
+    for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True):
+        begins = [i for i, position in enumerate(positions) if i == 0 or position == 0]
+        yield from (ids[begin:end] for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True))
 
 
 def _write(record: dict[str, Any], network: Any, output: Path) -> None:

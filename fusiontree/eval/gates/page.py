@@ -36,8 +36,8 @@ def gate_page(record: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 </head>
 <body>
 <main>
-<h1>Gates of {escape(record["model"])}</h1>
-<p class="muted">{record["tokens"]:,} tokens in {record["rows"]:,} rows; the first {len(shown["ids"]):,} below.
+<h1>Gates</h1>
+<p class="muted">{escape(record["model"])}: {record["tokens"]:,} tokens read, {len(shown["ids"]):,} of them shown.
 A gate of 1 is all <b class="m">Mamba</b>, 0 is all <b class="a">attention</b>.</p>
 <h2>Token by token</h2>
 <p><label>Tint by <select id="by">{_choices(layers)}</select></label> <span class="muted" id="scale"></span></p>

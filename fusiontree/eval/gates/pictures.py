@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 COLOURS = ("#d8622b", "#f2efe9", "#0c8a84")  # 0 all attention, 0.5, 1 all Mamba
+LEAST_REACH = 0.05
 WITHOUT = "#b9c0c8"  # a layer without gate
 
 
@@ -38,9 +39,12 @@ def _heatmap(cells: list[list[float | None]], across: str, edges: list[int] | No
     axes = figure.add_subplot()
     colours = LinearSegmentedColormap.from_list("gate", COLOURS)
     axes.set_facecolor(WITHOUT)  # seen through the cells that have no value
-    image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1])
-    bar.ax.set_yticklabels(["attention", "0.5", "Mamba"])
+    # As wide a range as the gates use, with 0.5 in its middle: those of a young model all lie near it.
+    reach = max(LEAST_REACH, *(abs(cell - 0.5) for row in cells for cell in row if cell is not None))
+    low, high = 0.5 - reach, 0.5 + reach
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, ticks=[low, 0.5, high])
+    bar.ax.set_yticklabels([f"{low:.2f} attention", "0.50", f"{high:.2f} Mamba"])
     axes.set(xlabel=across, ylabel="layer")
     step = -(-len(cells) // 18)
     axes.yaxis.set_ticks(range(0, len(cells), step))
