@@ -5,18 +5,19 @@ Scores and truncation are the authors'; the words around document and question a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fusiontree.errors import ConfigError, DataError
+from fusiontree.errors import DataError
 from fusiontree.eval.metrics import leval as rules
 from fusiontree.eval.metrics.rouge import google_rouge
 from fusiontree.eval.metrics.words import qa_f1
 from fusiontree.eval.registry import Family
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.tasks.fit import room_for, shortened
+from fusiontree.eval.tasks.options import whole_number
 from fusiontree.eval.tasks.records import Record, Source, from_hub, read_records
 
 REPOSITORY = "L4NLP/LEval"
@@ -115,7 +116,7 @@ class LEval:
         hub = {"name": self.dataset, "split": "test", "revision": "refs/convert/parquet"}
         source = Source(self.dataset, FIELDS, WHERE, lambda: from_hub(REPOSITORY, **hub))
         records = read_records(source, settings.data)
-        tokens = _answer_tokens(settings)
+        tokens = whole_number(settings, "answer_tokens", ANSWER_TOKENS)
         room = room_for(text, tokens)
         for question in islice(self._questions(records), settings.limit):
             yield Sample(
@@ -224,11 +225,14 @@ def shorter_document(text: TokenText, document: str, limit: int, from_left: bool
     return document
 
 
-def _answer_tokens(settings: TaskSettings) -> int:
-    said = settings.options.get("answer_tokens", str(ANSWER_TOKENS))
-    if not said.isdigit() or int(said) < 1:
-        raise ConfigError(f"--option answer_tokens={said}: allowed: a whole number from 1")
-    return int(said)
+def overall(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean over the tasks of a kind: closed ones (exact), F1, ROUGE (geometric mean of three)."""
+    rows = []
+    for kind in ("exact", "f1", "rouge"):
+        scores = [result["metrics"][kind] for result in results.values() if result["main_metric"] == kind]
+        if scores:
+            rows.append({"metric": kind, "score": round(sum(scores) / len(scores), 2), "tasks": len(scores)})
+    return {"metrics": {row["metric"]: row["score"] for row in rows}, "tables": {"by_metric": rows}}
 
 
 FAMILY = Family(
@@ -237,5 +241,6 @@ FAMILY = Family(
     make=LEval,
     members=(*CLOSED, *OPEN_METRICS),
     reads=("limit", "data", "official"),
+    overall=overall,
     options={"answer_tokens": f"tokens of an answer (default {ANSWER_TOKENS})"},
 )
