@@ -133,7 +133,10 @@ def browser(path: str) -> Iterator[Page]:
                 page.call(f"{domain}.enable")
             yield page
         finally:
-            process.kill()
-            process.wait(timeout=30)
-            os.close(write)
+            os.close(write)  # ends the browser, which ends its own children; a kill would leave them to init
             os.close(read)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(timeout=20)
