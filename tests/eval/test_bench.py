@@ -68,7 +68,7 @@ def test_peak_growth_sees_what_was_freed_again_and_only_that() -> None:
     with peak_growth(torch.device("cpu")) as grown:
         torch.ones(16_000_000).sum()
         found = grown()
-    assert 64 * MB <= found <= 72 * MB
+    assert 63 * MB <= found <= 72 * MB  # Linux counts pages by processor, and is some 100 KB off
 
 
 def test_what_happens_in_a_fresh_process_arrives_here() -> None:
