@@ -15,10 +15,12 @@ from fusiontree.cli import (
     bench,
     chat,
     compare,
+    convert,
     data,
     demo,
     eval,
     export,
+    gates,
     generate,
     info,
     prune,
@@ -82,7 +84,10 @@ app = typer.Typer(
     "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
     "130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, info, report, runs, compare, ablate):
+VERBS = (
+    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, info, report, runs, compare, ablate,
+)  # fmt: skip
+for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
