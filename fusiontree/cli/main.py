@@ -11,12 +11,16 @@ from typer.core import TyperGroup
 from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
+    ablate,
     bench,
     chat,
+    compare,
+    convert,
     data,
     demo,
     eval,
     export,
+    gates,
     generate,
     info,
     prune,
@@ -31,6 +35,8 @@ from fusiontree.errors import FusionTreeError, LostRankError
 GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
     "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
+    "compare": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
+    "ablate": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
     "eval": "run the same command again: it goes on with what has no answer yet",
     "bench": "run the same command again: it goes on with the sizes that are not measured yet",
     "generate": "the text above is not finished",
@@ -78,7 +84,11 @@ app = typer.Typer(
     "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
     "130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, info, report, runs):
+VERBS = (
+    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, info, report, runs, compare,
+    ablate,
+)  # fmt: skip
+for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
