@@ -85,7 +85,8 @@ app = typer.Typer(
     "130 interrupted.",
 )
 VERBS = (
-    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, info, report, runs, compare, ablate,
+    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, info, report, runs, compare,
+    ablate,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
