@@ -21,6 +21,7 @@ from fusiontree.cli import (
     prune,
     report,
     runs,
+    serve,
     tokenizer,
     train,
     verify,
@@ -76,7 +77,7 @@ app = typer.Typer(
     "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
     "130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, verify, generate, chat, info, report, runs):
+for verb in (demo, train, prune, export, eval, verify, generate, chat, serve, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
