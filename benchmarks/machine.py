@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 import transformers
 
+from fusiontree.eval import provenance
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 BEGIN, END = "<!-- results: written by the benchmarks -->", "<!-- end of results -->"
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
@@ -40,18 +40,10 @@ def set_threads(threads: int | None) -> None:
 
 def describe() -> dict[str, Any]:
     """The machine and the versions, as JSON."""
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in cpu.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", "").split()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {
-        "cpu": fields.get("model name", platform.processor()),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "cpu_flags": [flag for flag in FLAGS if flag in flags],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **provenance.machine(torch.device("cpu")),
+        **versions,
         "transformers": transformers.__version__,
         "load_before": os.getloadavg()[0],
     }
@@ -59,14 +51,7 @@ def describe() -> dict[str, Any]:
 
 def commit() -> str:
     """The checked-out commit, marked when the package or the benchmarks differ from it."""
-    head = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", "fusiontree", "benchmarks/*.py")
-    return f"{head} + changes" if changed else head
-
-
-def _git(*command: str) -> str:
-    done = subprocess.run(["git", "-C", str(FOLDER), *command], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    return provenance.commit("benchmarks/*.py") or "unknown"
 
 
 def write_result(name: str, machine: dict[str, Any], settings: dict[str, Any], result: dict[str, Any]) -> None:

@@ -1,16 +1,21 @@
 """`fusiontree chat`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TopK, TopP
 from fusiontree.cli.sampling import device as chosen
-from fusiontree.errors import ConfigError
+from fusiontree.errors import CheckpointError, ConfigError
 
-HELP = "an empty line or /quit ends, /reset forgets the conversation"
+if TYPE_CHECKING:
+    from fusiontree.deploy.scheduler_ticket import Ticket
+
+HELP = "an empty line or /quit ends, /reset forgets the conversation, Ctrl-C ends an answer"
 
 
 def chat(
@@ -28,41 +33,56 @@ def chat(
 ) -> None:
     """Talk with a model, streaming; a model that never saw dialogues will only continue the text."""
     from fusiontree.cli.places import model_folder
-    from fusiontree.deploy import InferenceRuntime
-    from fusiontree.deploy.sampling import Options
+    from fusiontree.deploy import InferenceRuntime, Limits, Scheduler
+    from fusiontree.deploy.sampling import GenerationOptions
 
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     runtime = InferenceRuntime(model_folder(model), device=chosen(device))
-    options: Options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     typer.echo(f"({HELP})")
-    while (line := _ask()) not in ("", "/quit"):
-        if line == "/reset":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": line})
-        answer = ""
-        try:
-            pieces = runtime.stream_chat(messages, **options)
-        except ConfigError as error:
-            if len(messages) == len(opening) + 1:  # not even this message alone: the settings are wrong
-                raise
-            messages.pop()
-            typer.echo(f"error: {error}; /reset makes room", err=True)
-            continue
-        for piece in pieces:
-            answer += piece
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-        typer.echo()
-        messages.append({"role": "assistant", "content": answer.strip()})
+    # The scheduler keeps the state of what was said: a turn costs its new tokens only.
+    with Scheduler(runtime, Limits(slots=1)) as scheduler:
+        while (line := _ask()) not in ("", "/quit"):
+            if line == "/reset":
+                messages = list(opening)
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                ticket = scheduler.submit(runtime.chat_request(messages, options))
+            except ConfigError as error:
+                if len(messages) == len(opening) + 1:  # not even this message alone: the settings are wrong
+                    raise
+                messages.pop()
+                typer.echo(f"error: {error}; /reset makes room", err=True)
+                continue
+            messages.append({"role": "assistant", "content": _say(ticket).strip()})
+
+
+def _say(ticket: Ticket) -> str:
+    """Print an answer as it comes and return it; Ctrl-C ends it early."""
+    from fusiontree.deploy.requests import ChoiceEnd, RequestEnd
+
+    answer = ""
+    try:
+        for event in ticket:
+            if isinstance(event, ChoiceEnd) and event.error:
+                raise CheckpointError(event.error)
+            if not isinstance(event, RequestEnd):
+                answer += event.text
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        typer.echo(" …", nl=False)
+    typer.echo()
+    return answer
 
 
 def _ask() -> str:

@@ -137,31 +137,22 @@ def _tell(subject: Subject, outcome: Outcome) -> None:
 
     from fusiontree.cli import INPUT_ERROR
     from fusiontree.cli.main import tell
-    from fusiontree.eval.curves import draw_curves
-    from fusiontree.eval.heatmap import draw_grids
     from fusiontree.eval.journal import to_json
+    from fusiontree.eval.plots import draw_plots
     from fusiontree.eval.results import results_table
-    from fusiontree.eval.tasks.ruler import overall
 
     if outcome.results:
-        Console(highlight=False).print(results_table(subject.name, outcome.results))
+        Console(highlight=False).print(results_table(subject.name, outcome.results, outcome.groups))
         typer.echo(f"results: {outcome.path}")
-    plots = outcome.path.parent / "plots"
-    for name, result in outcome.results.items():
-        pictures = draw_grids(result["tables"], plots, name)
-        if "by_length" in result["tables"] and "by_position" in result["tables"]:
-            pictures.append(plots / f"{name}.png")
-            draw_curves(result["tables"], pictures[-1], f"{subject.name}: {name}")
-        for picture in pictures:
-            typer.echo(f"picture: {picture}")
-    ruler = {name: result for name, result in outcome.results.items() if name.startswith("ruler:")}
+    for picture in draw_plots(outcome.results, outcome.groups, outcome.path.parent / "plots", subject.name):
+        typer.echo(f"picture: {picture}")
     for name, error in outcome.failed.items():
         tell(error if str(error).startswith(name) else type(error)(f"{name}: {error}"))
     last = {
         "model": subject.name,
         "fingerprint": subject.fingerprint,
         "results": {name: result["metrics"] for name, result in outcome.results.items()},
-        **({"ruler": overall(ruler)} if ruler else {}),
+        "groups": {name: group["metrics"] for name, group in outcome.groups.items()},
         "failed": {name: " ".join(str(error).split()) for name, error in outcome.failed.items()},
         "file": str(outcome.path) if outcome.results else None,
     }

@@ -7,17 +7,24 @@ from fusiontree.deploy.measure import RemovalMeasurement, measure_removal
 from fusiontree.deploy.plan import LayerPlan, PrunePlan, load_plan, removals, save_plan
 from fusiontree.deploy.progress import console_progress
 from fusiontree.deploy.propose import GateObservation, observe_gates, propose_from_gates, read_gate_log
+from fusiontree.deploy.requests import Limits, Request
 from fusiontree.deploy.runtime import InferenceRuntime
+from fusiontree.deploy.sampling import GenerationOptions
+from fusiontree.deploy.scheduler import Scheduler
 from fusiontree.deploy.session import Session
 from fusiontree.models.loading import load_model
 
 __all__ = [
     "ExportResult",
     "GateObservation",
+    "GenerationOptions",
     "InferenceRuntime",
     "LayerPlan",
+    "Limits",
     "PrunePlan",
     "RemovalMeasurement",
+    "Request",
+    "Scheduler",
     "Session",
     "apply_plan",
     "console_progress",

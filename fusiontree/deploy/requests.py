@@ -148,7 +148,7 @@ class Limits:
     slots: int = 32
     """Choices that are decoded together."""
     queue: int = 256
-    """Requests that wait for a slot; one more is `QueueFull`."""
+    """Choices that wait for a slot; a request with more than there is room for is `QueueFull`."""
     prefill_chunk: int = 256
     """Prompt tokens read in one piece; decoding goes on between two pieces."""
     prefill_tokens: int = 512

@@ -1,31 +1,26 @@
 """The runtime: a folder in, text out. Generate, stream, chat, and sessions whose state can be kept."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from typing_extensions import Unpack
 
-from fusiontree.deploy.decoding import Decoding
+from fusiontree.deploy.chat import DEFAULT_CHAT_STOP, chat_text, common_length, opening
 from fusiontree.deploy.loading import load_saved_tokenizer
+from fusiontree.deploy.requests import MAX_CHOICES, ChoiceEnd, Completion, Limits, Request, RequestEnd, Usage
 from fusiontree.deploy.sampling import GenerationOptions, Options
+from fusiontree.deploy.scheduler_engine import Engine
+from fusiontree.deploy.scheduler_streams import Job
+from fusiontree.deploy.scheduler_ticket import Ticket
 from fusiontree.deploy.session import CACHE_FILE, Session, SessionRecord, load_cache, read_record
-from fusiontree.deploy.text_stream import TextStream
 from fusiontree.errors import CheckpointError, ConfigError
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.fingerprint import model_fingerprint
 from fusiontree.models.json_files import one_line
 from fusiontree.models.loading import load_model
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
-    "{% endfor %}Assistant:"
-)
-DEFAULT_CHAT_STOP = "\nUser:"
-ROLES = ("system", "user", "assistant")
 
 
 class InferenceRuntime:
@@ -49,7 +44,6 @@ class InferenceRuntime:
         self.fingerprint = model_fingerprint(self.model)
         self.max_length: int = self.model.config.max_position_embeddings
         self.stop_ids = self._stop_ids()
-        self._pad_id: int = self.tokenizer.pad_token_id or 0  # masked out: any id does
 
     def _stop_ids(self) -> frozenset[int]:
         found: set[int] = set()
@@ -68,17 +62,16 @@ class InferenceRuntime:
         if not prompts:
             raise ConfigError("prompt: give at least one")
         chosen = GenerationOptions(**options)
+        seeded = [replace(chosen, seed=(chosen.seed or 0) + row) for row in range(len(prompts))]
         pieces: list[list[str]] = [[] for _ in prompts]
-        for row, piece in self._pieces([self._checked_ids(p, chosen) for p in prompts], chosen):
+        for row, piece in self._pieces([Request(p, o) for p, o in zip(prompts, seeded, strict=True)]):
             pieces[row].append(piece)
         texts = ["".join(parts) for parts in pieces]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
         """The continuation piece by piece as it is made, always in whole characters; joined it equals `generate`."""
-        chosen = GenerationOptions(**options)
-        ids = self._checked_ids(prompt, chosen)
-        return (piece for _, piece in self._pieces([ids], chosen))
+        return (piece for _, piece in self._pieces([Request(prompt, GenerationOptions(**options))]))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> str:
         """The assistant's answer to messages of the form {"role": "system"|"user"|"assistant", "content": text}."""
@@ -86,14 +79,42 @@ class InferenceRuntime:
 
     def stream_chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Iterator[str]:
         """`chat`, piece by piece. Uses the tokenizer's chat template, or a plain "User: … Assistant:" dialogue."""
-        text = self._chat_text(messages)
-        if not self.tokenizer.chat_template:
-            given = options.get("stop", ())
-            options["stop"] = (*([given] if isinstance(given, str) else given), DEFAULT_CHAT_STOP)
-        chosen = GenerationOptions(**options)
-        ids = self.encode(text, add_special_tokens=not self.tokenizer.chat_template)
-        self.check_length(len(ids), chosen.max_new_tokens)
-        return (piece for _, piece in self._pieces([ids], chosen))
+        request = self.chat_request(messages, GenerationOptions(**options))
+        return (piece for _, piece in self._pieces([request]))
+
+    def complete(self, request: Request) -> tuple[list[Completion], Usage]:
+        """Answer one request in this thread: a completion per choice, with log-probabilities and gates if wanted."""
+        (job,) = jobs = self._jobs([request])
+        for _ in self._steps(jobs):
+            pass
+        return job.ticket.result()
+
+    def chat_request(
+        self, messages: Sequence[Mapping[str, str]], options: GenerationOptions | None = None, **fields: Any
+    ) -> Request:
+        """A request for the assistant's answer; `fields` are those of `Request`. The system prompt's end is marked."""
+        options = options or GenerationOptions()
+        text, special = chat_text(self.tokenizer, messages), not self.tokenizer.chat_template
+        if special:
+            options = replace(options, stop=(*options.stops, DEFAULT_CHAT_STOP))
+        ids = self.encode(text, add_special_tokens=special)
+        marks: tuple[int, ...] = ()
+        if other := opening(messages):
+            others = self.encode(chat_text(self.tokenizer, other), add_special_tokens=special)
+            marks = (common_length(ids, others),)
+        return Request(ids, options, marks=marks, **fields)
+
+    def request_ids(self, request: Request, slots: int = MAX_CHOICES) -> list[int]:
+        """The prompt's token ids; ConfigError when the request does not fit this model or so many slots."""
+        if request.n > slots:
+            raise ConfigError(f"n is {request.n}, but only {slots} answers can be written at a time")
+        prompt = request.prompt
+        ids = self.encode(prompt, add_special_tokens=request.add_special_tokens) if isinstance(prompt, str) else prompt
+        vocabulary = self.model.config.vocab_size
+        if (highest := max(ids)) >= vocabulary:
+            raise ConfigError(f"token {highest} of the prompt does not exist; the vocabulary has {vocabulary} tokens")
+        self.check_length(len(ids), request.options.max_new_tokens)
+        return list(ids)
 
     def start_session(self, prompt: str, seed: int = 0) -> Session:
         """A session that begins with `prompt`; `seed` belongs to it until another is given."""
@@ -133,46 +154,28 @@ class InferenceRuntime:
                 "positions of this model; shorten one of them"
             )
 
-    def _checked_ids(self, prompt: str, options: GenerationOptions) -> list[int]:
-        ids = self.encode(prompt)
-        self.check_length(len(ids), options.max_new_tokens)
-        return ids
+    def _pieces(self, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
+        """Check the requests now, then yield (request, piece of its text)."""
+        return self._pieces_of(self._jobs(requests))
 
-    def _pieces(self, rows: list[list[int]], options: GenerationOptions) -> Iterator[tuple[int, str]]:
-        """Yield (row, piece of its text) for prompts of token ids."""
-        decoding = Decoding(self.model, rows, self._pad_id)
-        texts = [TextStream(self.tokenizer, ids, options.stops) for ids in rows]
-        for step in decoding.tokens(options, options.seed or 0, self.stop_ids):
-            for row, token in enumerate(step):
-                if token is None:
-                    continue
-                if piece := texts[row].push(token):
-                    yield row, piece
-                decoding.ended[row] = texts[row].stopped
-            if all(decoding.ended):
-                break
-        for row, text in enumerate(texts):
-            if rest := text.finish():
-                yield row, rest
+    def _pieces_of(self, jobs: list[Job]) -> Iterator[tuple[int, str]]:
+        for _ in self._steps(jobs):
+            for place, job in enumerate(jobs):
+                for event in job.ticket.arrived():
+                    if isinstance(event, ChoiceEnd) and event.error:
+                        raise CheckpointError(event.error)
+                    if not isinstance(event, RequestEnd) and event.text:
+                        yield place, event.text
 
-    def _chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        for place, message in enumerate(messages):
-            if not (_is_message(message) and message["role"] in ROLES):
-                raise ConfigError(f"messages[{place}]: needs a role ({', '.join(ROLES)}) and a content that is text")
-        if not messages:
-            raise ConfigError("messages: give at least one")
-        template = self.tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
-        try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as problem:  # a template is a program of the folder's author: anything may go wrong in it
-            where = f"{self.tokenizer.name_or_path}: the chat template"
-            raise CheckpointError(f"{where} cannot be used: {one_line(problem)}") from None
+    def _jobs(self, requests: Sequence[Request]) -> list[Job]:
+        known = [(request, self.request_ids(request)) for request in requests]
+        return [Job(Ticket(request, len(ids)), ids, self) for request, ids in known]
 
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    def _steps(self, jobs: list[Job]) -> Iterator[None]:
+        """Decode the jobs together in this thread, yielding after each step."""
+        engine = Engine(self, Limits(prefix_bytes=0))
+        for job in jobs:
+            engine.add(job)
+        while engine.busy:
+            engine.step()
+            yield

@@ -1,19 +1,24 @@
-"""From logits to the next token: checked options, and a draw that depends only on seed and position."""
+"""From logits to the next token: checked options, and a draw that depends only on a row's own logits and its seed.
+
+Shapes: B rows, V vocabulary.
+"""
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from typing_extensions import TypedDict
 
-from fusiontree.errors import CheckpointError, ConfigError
+from fusiontree.errors import ConfigError
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 200
+NOT_FINITE = "the model's output is not finite; its weights are damaged or its dtype overflows"
+_CANDIDATES = 1024  # most probable tokens among which a nucleus is looked for before all are sorted
 
 
 class Options(TypedDict, total=False):
@@ -24,6 +29,8 @@ class Options(TypedDict, total=False):
     top_k: int
     top_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     stop: str | Sequence[str]
 
@@ -41,6 +48,10 @@ class GenerationOptions:
     """Draw among the most probable tokens that hold this much probability together."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that are already in the text less likely."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was generated already."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it was generated already."""
     seed: int | None = None
     """None: 0 for a new text; a session goes on with its own."""
     stop: str | Sequence[str] = ()
@@ -60,11 +71,18 @@ class GenerationOptions:
             0,
             100,
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), (int, float), getattr(self, name), "a number from -2 to 2", -2, 2)
         if self.seed is not None:
             _check("seed", self.seed, int, self.seed, "a whole number of at least 0", 0)
         stops = self.stops
         if len(stops) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
             raise ConfigError(f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the text so far changes the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -86,27 +104,84 @@ def _check(
         raise ConfigError(f"{name} must be {allowed}; given {given!r}")
 
 
-def next_token(logits: Tensor, text_ids: Sequence[int], options: GenerationOptions, seed: int) -> int:
-    """The token after `text_ids` for one row's logits (V,); the same seed and position always draw the same number."""
-    scores = logits.float().cpu()[None]
-    if not bool(torch.isfinite(scores.amax())):
-        raise CheckpointError("the model's output is not finite; its weights are damaged or its dtype overflows")
-    if options.repetition_penalty != 1.0:
-        ids = torch.tensor([list(text_ids)])
-        seen = scores.gather(1, ids)
-        penalised = torch.where(seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty)
-        scores = scores.scatter(1, ids, penalised)
-    if options.temperature == 0:
-        return int(scores.argmax())
-    unread = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the scores only
-    scores = TemperatureLogitsWarper(float(options.temperature))(unread, scores)
-    if options.top_k:
-        scores = TopKLogitsWarper(options.top_k)(unread, scores)
-    if options.top_p < 1:
-        scores = TopPLogitsWarper(float(options.top_p))(unread, scores)
-    cumulative = scores[0].double().softmax(-1).cumsum(-1)
-    drawn = int(torch.searchsorted(cumulative, uniform(seed, len(text_ids)) * float(cumulative[-1]), right=True))
-    return min(drawn, int(torch.nonzero(scores[0] > -math.inf).max()))
+class Draw(NamedTuple):
+    """What decides the next token of one row besides its logits."""
+
+    ids: Sequence[int]
+    """The text so far."""
+    prompt: int
+    """How many of `ids` were not generated."""
+    options: GenerationOptions
+    seed: int
+
+
+def next_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """The next token of each row of logits (B, V), None where they are not finite.
+
+    A row's token does not depend on the other rows; the same seed and position always draw the same number.
+    """
+    scores = logits.float()
+    finite = torch.isfinite(scores.amax(dim=1)).tolist()
+    if penalised := [row for row, draw in enumerate(draws) if draw.options.penalises]:
+        scores = scores.clone()
+        for row in penalised:
+            _penalise(scores[row], draws[row])
+    tokens = scores.argmax(dim=1)
+    if drawn := [row for row, draw in enumerate(draws) if draw.options.temperature > 0 and finite[row]]:
+        rows = torch.tensor(drawn, device=scores.device)
+        tokens[rows] = _draw(scores[rows], [draws[row] for row in drawn])
+    return [token if good else None for token, good in zip(tokens.tolist(), finite, strict=True)]
+
+
+def _penalise(scores: Tensor, draw: Draw) -> None:
+    """Change one row's scores (V,) in place."""
+    options = draw.options
+    if options.repetition_penalty != 1:
+        ids = torch.tensor(draw.ids, device=scores.device)
+        seen = scores[ids]
+        scores[ids] = torch.where(seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        generated = torch.tensor(draw.ids[draw.prompt :], dtype=torch.long, device=scores.device)
+        count = torch.bincount(generated, minlength=len(scores)).to(scores.dtype)
+        scores -= options.presence_penalty * (count > 0) + options.frequency_penalty * count
+
+
+def _draw(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """One token per row (B,) by the inverse of its cumulative distribution, in the order of ids."""
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=scores.device)[:, None]
+
+    # A temperature next to 0 must not make the division overflow.
+    scores = (scores - scores.amax(1, keepdim=True)) / column([max(draw.options.temperature, 1e-6) for draw in draws])
+    if any(draw.options.top_k or draw.options.top_p < 1 for draw in draws):
+        lowest = [_lowest(row, draw.options) for row, draw in zip(scores, draws, strict=True)]
+        scores = scores.masked_fill(scores < torch.stack(lowest)[:, None], -math.inf)
+    weights = scores.exp()
+    cumulative = weights.double().cumsum(1)
+    point = column([uniform(draw.seed, len(draw.ids)) for draw in draws], torch.float64) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
+    # Rounding must not step past the last token that may be drawn.
+    last = scores.shape[1] - 1 - (weights.flip(1) > 0).int().argmax(1)
+    return torch.minimum(drawn, last)
+
+
+def _lowest(scores: Tensor, options: GenerationOptions) -> Tensor:
+    """The lowest of one row's scores (V,) that may be drawn; ties with it may be drawn too."""
+    size = len(scores)
+    count = min(options.top_k or size, size)
+    best = scores.topk(min(size, max(_CANDIDATES, count) if options.top_k else _CANDIDATES)).values
+    lowest = best[count - 1] if options.top_k else scores.new_tensor(-math.inf)
+    if options.top_p == 1:
+        return lowest
+    enough = options.top_p * torch.where(scores >= lowest, scores.exp(), 0.0).double().sum()
+    cumulative = best.exp().double().cumsum(0)
+    if len(best) < size and bool(cumulative[-1] < enough):
+        best = scores.sort(descending=True).values
+        cumulative = best.exp().double().cumsum(0)
+    # The first place at which the tokens up to it hold enough.
+    place = torch.searchsorted(cumulative, enough).clamp_max(len(best) - 1)
+    return torch.maximum(lowest, best[place])
 
 
 def uniform(seed: int, position: int) -> float:

@@ -51,6 +51,13 @@ class Ticket:
                 raise TimeoutError(f"no event within {timeout} s")
             return self._events.popleft()
 
+    def arrived(self) -> list[Event]:
+        """The events that are here already."""
+        with self._arrived:
+            events = list(self._events)
+            self._events.clear()
+        return events
+
     def __iter__(self) -> Iterator[Event]:
         try:
             while not isinstance(event := self.get(), RequestEnd):

@@ -81,11 +81,11 @@ class Session:
         if options.seed is not None:
             self.record.seed = options.seed
         record = self.record
-        decoding = Decoding(self.runtime.model, [self.ids], past=self.past, fed=record.fed)
+        decoding = Decoding(self.runtime.model, self.ids, self.past, record.fed)
         text = TextStream(self.runtime.tokenizer, self.ids, options.stops, record.read, record.emitted)
-        for (token,) in decoding.tokens(options, record.seed, self.runtime.stop_ids):
+        for token in decoding.tokens(options, record.seed, self.runtime.stop_ids, len(self.ids)):
             piece = "" if token is None else text.push(token)
-            self.past, record.fed, record.ids = decoding.past, decoding.fed, list(decoding.ids[0])
+            self.past, record.fed, record.ids = decoding.past, decoding.fed, list(decoding.ids)
             record.read, record.emitted = (len(self.ids), 0) if token is None else (text.read, text.emitted)
             if piece:
                 yield piece

@@ -20,7 +20,7 @@ def make_grid(scored: Sequence[Scored], row: str, column: str, score: str) -> di
     """The mean of a score in percent, by two facts of the samples.
 
     {"grid": score, "row": name, "rows": [...], "column": name, "columns": [...], "cells": [[percent or None]],
-    "counts": [[samples]]}
+    "counts": [[samples]]}; rows and columns are numbers or names.
     """
     found: dict[tuple[float, float], list[float]] = defaultdict(list)
     for one in scored:
@@ -48,10 +48,10 @@ def is_grid(table: Any) -> bool:
 
 def grid_lines(grid: Mapping[str, Any]) -> list[str]:
     """The grid as lines of a Markdown table, a row per line."""
-    head = [f"{grid['row']} \\ {grid['column']}", *(f"{value:g}" for value in grid["columns"])]
+    head = [f"{grid['row']} \\ {grid['column']}", *map(_label, grid["columns"])]
     lines = [" | ".join(head), " | ".join(["---:"] * len(head))]
     for value, cells in zip(grid["rows"], grid["cells"], strict=True):
-        lines.append(" | ".join([f"{value:g}", *("–" if cell is None else f"{cell:.0f}" for cell in cells)]))
+        lines.append(" | ".join([_label(value), *("–" if cell is None else f"{cell:.0f}" for cell in cells)]))
     return [f"| {line} |" for line in lines]
 
 
@@ -86,11 +86,15 @@ def draw_heatmap(grid: Mapping[str, Any], path: Path, title: str) -> None:
     axes.set(xlabel=_axis(grid["column"]), ylabel=_axis(grid["row"]))
     for axis, values in ((axes.xaxis, grid["columns"]), (axes.yaxis, grid["rows"])):
         step = -(-len(values) // MOST_LABELS)
-        axis.set_ticks(range(0, len(values), step), [f"{value:g}" for value in values[::step]], fontsize=7)
+        axis.set_ticks(range(0, len(values), step), list(map(_label, values[::step])), fontsize=7)
     axes.tick_params(axis="x", rotation=90 if len(grid["columns"]) > 6 else 0)
     if max(len(cells), len(cells[0])) <= WRITTEN:
         _write_numbers(axes, grid["cells"])
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _label(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _axis(name: str) -> str:

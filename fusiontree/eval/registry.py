@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import import_module
+from typing import Any
 
 from fusiontree.errors import ConfigError
 from fusiontree.eval.task import AnyTask, TaskSettings
@@ -27,6 +28,8 @@ class Family:
     open: bool = False
     reads: tuple[str, ...] = ()  # of limit, seed, lengths, depths, data, official: flags that mean something here
     options: Mapping[str, str] = field(default_factory=dict)  # KEY of KEY=VALUE -> what it does
+    # Results by task name -> {"metrics", "tables"} of them all; None: nothing is published over its tasks.
+    overall: Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Any]] | None = None
 
 
 # Family -> "module:name of its Family". Adding a family is a line here and the Family in its module.

@@ -19,7 +19,7 @@ FILE = "results.json"
 
 
 class Results:
-    """The results of one model in a folder: `model` says which, `tasks` holds a result per task.
+    """The results of one model in a folder: `model` says which, `tasks` holds a result per task, `groups` per family.
 
     ConfigError for a folder with the results of another model.
     """
@@ -29,6 +29,7 @@ class Results:
         self.path = folder / FILE
         self.model = dict(model)
         self.tasks: dict[str, Any] = {}
+        self.groups: dict[str, Any] = {}
         if self.path.exists():
             self._read()
 
@@ -40,7 +41,11 @@ class Results:
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            there, self.tasks = content["model"]["fingerprint"], content["tasks"]
+            there, self.tasks, self.groups = (
+                content["model"]["fingerprint"],
+                content["tasks"],
+                content.get("groups", {}),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: not readable as results: {error}") from None
         if there != self.model["fingerprint"]:
@@ -54,8 +59,15 @@ class Results:
         self.tasks[name] = finite(result)
         self._write()
 
+    def add_groups(self, groups: Mapping[str, Any]) -> None:
+        """Keep what families of tasks come to."""
+        if groups:
+            self.groups.update(finite(groups))
+            self._write()
+
     def _write(self) -> None:
-        document = {"format": "fusiontree-evaluation", "version": 1, "model": self.model, "tasks": self.tasks}
+        head = {"format": "fusiontree-evaluation", "version": 1}
+        document = {**head, "model": self.model, "tasks": self.tasks, "groups": self.groups}
         write_whole(self.path, json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -74,8 +86,8 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "standard_error": error, "samples": count}
 
 
-def results_table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One line per task and metric, the main metric first and in bold."""
+def results_table(title: str, tasks: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One line per task and metric, the main metric first and in bold; below them the families of tasks."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -90,6 +102,10 @@ def results_table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
             shown = f"[bold]{number(value)}[/bold]" if metric == main else number(value)
             error = result.get("errors", {}).get(metric)
             table.add_row(first[0], escape(metric), shown, "" if error is None else number(error), first[1])
+    for name, group in groups.items():
+        for place, (metric, value) in enumerate(group["metrics"].items()):
+            first = ("", "") if place else (f"all {name}", f"{len(group['tasks'])} of {group['of']} tasks")
+            table.add_row(escape(first[0]), escape(metric), number(value), "", first[1])
     return table
 
 

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from fusiontree.errors import ConfigError, DataError, FusionTreeError
+from fusiontree.eval.groups import group_results
 from fusiontree.eval.journal import Journal, finite, write_lines
 from fusiontree.eval.provenance import provenance
 from fusiontree.eval.results import FILE, Results, spread
@@ -35,9 +36,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the tasks: results by name, and why the others have none."""
+    """What came of the tasks: results by name, of families by theirs, and why the others have none."""
 
     results: dict[str, Any]
+    groups: dict[str, Any]
     failed: dict[str, FusionTreeError]
     path: Path
 
@@ -75,8 +77,10 @@ def evaluate(
                     results.add(task.name, _timed(task, subject, settings, results, show) | {"command": command})
             except FusionTreeError as error:
                 failed[task.name] = error
+        groups = group_results({task.name.partition(":")[0] for task in tasks}, results.tasks, settings_of(settings))
+        results.add_groups(groups)
     done = {task.name: results.tasks[task.name] for task in tasks if task.name not in failed}
-    return Outcome(done, failed, results.path)
+    return Outcome(done, groups, failed, results.path)
 
 
 def _timed(task: AnyTask, subject: Subject, settings: TaskSettings, results: Results, show: Show) -> dict[str, Any]:

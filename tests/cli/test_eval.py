@@ -145,4 +145,6 @@ def test_grids_become_pictures_and_ruler_has_a_line_over_its_tasks(call: Call, r
     assert result.exit_code == 0, result.output
     picture = tmp_path / "out" / "plots" / "needle_code_grid.png"
     assert picture.stat().st_size > 5000 and f"picture: {picture}" in result.stdout.replace("\n", "")
-    assert last_line(result.stdout)["ruler"]["by_length"] == [{"length": 1000, "score": 0.0, "tasks": 1}]
+    assert last_line(result.stdout)["groups"] == {"ruler": {"effective_length": 0, "score@1000": 0.0}}
+    assert "all ruler" in result.stdout and "1 of 13 tasks" in result.stdout
+    assert (tmp_path / "out" / "plots" / "ruler_grid.png").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusiontree.deploy.chat import chat_text
 from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.errors import CheckpointError, ConfigError
 from tests.deploy.tiny import byte_tokenizer, save_tiny, tiny_model
@@ -27,7 +28,7 @@ def force_tokens(runtime: InferenceRuntime, monkeypatch: pytest.MonkeyPatch, tex
     """Make the model say `text` (then the end), whatever it is asked."""
     wanted = [*runtime.tokenizer(text)["input_ids"], runtime.tokenizer.eos_token_id]
     said = iter(wanted)
-    monkeypatch.setattr("fusiontree.deploy.decoding.next_token", lambda *args: next(said))
+    monkeypatch.setattr("fusiontree.deploy.scheduler_engine.next_tokens", lambda *args: [next(said)])
 
 
 def test_greedy_equals_generate_of_transformers(runtime: InferenceRuntime) -> None:
@@ -82,7 +83,10 @@ def test_chat_without_template_is_a_plain_dialogue(runtime: InferenceRuntime, mo
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "Bye"},
     ]
-    assert runtime._chat_text(messages) == "Be brief.\n\nUser: Hi {{ 7*7 }}\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    assert (
+        chat_text(runtime.tokenizer, messages)
+        == "Be brief.\n\nUser: Hi {{ 7*7 }}\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    )
     force_tokens(runtime, monkeypatch, " See you.\nUser: what I say next")
     assert runtime.chat(messages, max_new_tokens=60) == " See you."
 
@@ -93,7 +97,7 @@ def test_chat_uses_the_tokenizers_template_in_a_sandbox(folder: Path, tmp_path: 
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(copy)
     runtime = InferenceRuntime(copy, device="cpu")
-    assert runtime._chat_text([{"role": "user", "content": "hi"}]) == "<user>hi"
+    assert chat_text(runtime.tokenizer, [{"role": "user", "content": "hi"}]) == "<user>hi"
     canary = tmp_path / "canary"
     escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
     runtime.tokenizer.chat_template = escape

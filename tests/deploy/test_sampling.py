@@ -5,10 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from fusiontree.deploy.sampling import GenerationOptions, next_token
-from fusiontree.errors import CheckpointError, ConfigError
+from fusiontree.deploy.sampling import Draw, GenerationOptions, next_tokens
+from fusiontree.errors import ConfigError
 
 LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1]))
+
+
+def next_token(logits: torch.Tensor, ids: list[int], options: GenerationOptions, seed: int) -> int | None:
+    return next_tokens(logits[None], [Draw(ids, 1, options, seed)])[0]
 
 
 def draws(options: GenerationOptions, count: int = 4000) -> dict[int, float]:
@@ -49,10 +53,9 @@ def test_seed_and_position_decide_the_draw() -> None:
     assert len({tuple(next_token(LOGITS, [1] * n, options, seed) for n in range(1, 20)) for seed in range(10)}) == 10
 
 
-def test_output_that_is_not_finite_is_an_error_not_a_token() -> None:
+def test_output_that_is_not_finite_is_no_token() -> None:
     for value in (float("nan"), float("inf")):
-        with pytest.raises(CheckpointError, match="not finite"):
-            next_token(torch.tensor([0.0, value]), [0], GenerationOptions(), 0)
+        assert next_token(torch.tensor([0.0, value]), [0], GenerationOptions(temperature=1.0), 0) is None
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_output_that_is_not_finite_is_an_error_not_a_token() -> None:
         {"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 1.5}, {"max_new_tokens": True},
         {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "1"},
         {"top_k": -1}, {"top_k": 2.0}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": float("nan")},
+        {"presence_penalty": 2.1}, {"frequency_penalty": "x"},
         {"repetition_penalty": 0}, {"repetition_penalty": float("nan")}, {"seed": -1}, {"seed": "x"},
         {"stop": ""}, {"stop": ["a"] * 17}, {"stop": [3]}, {"stop": "x" * 201},
     ],

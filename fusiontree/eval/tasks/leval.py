@@ -5,7 +5,7 @@ Scores and truncation are the authors'; the words around document and question a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -231,11 +231,22 @@ def _answer_tokens(settings: TaskSettings) -> int:
     return int(said)
 
 
+def overall(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean over the tasks of a kind: closed ones (exact), F1, ROUGE (geometric mean of three)."""
+    rows = []
+    for kind in ("exact", "f1", "rouge"):
+        scores = [result["metrics"][kind] for result in results.values() if result["main_metric"] == kind]
+        if scores:
+            rows.append({"metric": kind, "score": round(sum(scores) / len(scores), 2), "tasks": len(scores)})
+    return {"metrics": {row["metric"]: row["score"] for row in rows}, "tables": {"by_metric": rows}}
+
+
 FAMILY = Family(
     name="leval",
     about="L-Eval: 7 closed tasks by exact match, 13 open ones by F1 or ROUGE",
     make=LEval,
     members=(*CLOSED, *OPEN_METRICS),
     reads=("limit", "data", "official"),
+    overall=overall,
     options={"answer_tokens": f"tokens of an answer (default {ANSWER_TOKENS})"},
 )

@@ -64,7 +64,7 @@ static void step_head(const float *restrict state, float *restrict next, const f
               const float *restrict D, const T *restrict norm_weight, T *restrict y, float *restrict scratch,   \
               long rows, long H, long P, long N, long G, long K, float dt_low, float dt_high, float eps) {      \
         long E = H * P, channels = E + 2 * G * N, width = E + channels + H;                                     \
-        for (long m = 0; m < rows; m++) {                                                                       \
+        _Pragma("omp parallel for schedule(static) if (rows > 1)") for (long m = 0; m < rows; m++) {            \
             const T *z = projected + m * width, *in = z + E, *dt_in = in + channels;                            \
             float *mixed = scratch + m * (channels + E), *out = mixed + channels;                               \
             for (long d = 0; d < channels; d++) {                                                               \

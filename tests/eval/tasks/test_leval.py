@@ -6,7 +6,7 @@ from fusiontree.data.tokenizer import byte_tokenizer
 from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.run import evaluate
 from fusiontree.eval.task import Scored, TaskSettings, TokenText
-from fusiontree.eval.tasks.leval import CLOSED, OPEN_METRICS, LEval, shorter_document
+from fusiontree.eval.tasks.leval import CLOSED, OPEN_METRICS, LEval, overall, shorter_document
 from tests.eval.subjects import subject
 
 
@@ -156,3 +156,16 @@ def test_a_model_is_asked_and_scored(tmp_path):
     outcome = evaluate(subject("llama", 1024), [LEval("tpo")], settings, tmp_path / "out")
     assert not outcome.failed
     assert outcome.results["leval:tpo"]["samples"] == 2
+
+
+def test_closed_f1_and_rouge_tasks_are_averaged_apart():
+    scores = {
+        "tpo": ("exact", 80.0),
+        "quality": ("exact", 61.39),
+        "narrative_qa": ("f1", 12.0),
+        "news_summ": ("rouge", 9),
+    }
+    results = {
+        f"leval:{name}": {"main_metric": kind, "metrics": {kind: score}} for name, (kind, score) in scores.items()
+    }
+    assert overall(results)["metrics"] == {"exact": 70.69, "f1": 12.0, "rouge": 9}

@@ -20,10 +20,11 @@ from fusiontree.eval.subject import Subject
 from fusiontree.eval.task import TaskSettings
 from fusiontree.eval.tasks.lm_eval import Answers, HarnessTask, manner
 from tests.eval.subjects import hybrid, llama, subject
+from tests.eval.tasks.harness import hflm
 from tests.eval.test_subject import PAIRS, PROMPTS, own_loglikelihood
 
 TASKS = Path(__file__).parent / "harness_tasks"
-KINDS = ["hybrid", "llama"]
+KINDS = ["hybrid", "hybrid with BOS", "llama", "llama with BOS"]
 WINDOW = 40
 ASKED = [pair for pair in PAIRS if pair[0].strip() or not pair[0]]  # HFLM fails on a context of blanks alone
 TEXTS = ["a", "x" * WINDOW, "y" * (WINDOW + 1), "the state is read and a window moves, naïve 树 or not. " * 3]
@@ -50,16 +51,13 @@ def bos_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "llama with BOS"])
+@pytest.fixture(scope="module", params=KINDS)
 def trio(request):
     """Our answers in batches of 8 and of 1, and the harness's own model class, on one model."""
-    pytest.importorskip("accelerate", reason="HFLM, the harness's own model class, needs accelerate")
-    from lm_eval.models.huggingface import HFLM
-
-    model = hybrid() if request.param == "hybrid" else llama()
+    model = hybrid() if request.param.startswith("hybrid") else llama()
     tokenizer = bos_tokenizer() if "BOS" in request.param else byte_tokenizer()
     ours = [Answers(Subject(model, tokenizer, max_length=WINDOW, batch_size=size), Forgetful()) for size in (8, 1)]
-    return *ours, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=WINDOW)
+    return *ours, hflm()(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=WINDOW)
 
 
 def test_loglikelihood(trio):

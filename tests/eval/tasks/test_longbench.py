@@ -1,7 +1,7 @@
 import hashlib
 import json
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
+from importlib.resources import files
 
 import pytest
 
@@ -9,13 +9,45 @@ from fusiontree.data.tokenizer import byte_tokenizer
 from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.run import evaluate
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
-from fusiontree.eval.tasks import longbench_prompts
 from fusiontree.eval.tasks.fit import shortened, without_middle
-from fusiontree.eval.tasks.longbench import EXTENDED, RULES, LongBench
-from fusiontree.eval.tasks.longbench_prompts import FILE, OFFICIAL, template
+from fusiontree.eval.tasks.longbench import (
+    BUCKETS,
+    CATEGORIES,
+    CHINESE,
+    EXTENDED,
+    RULES,
+    LongBench,
+    overall,
+    overall_by_length,
+)
+from fusiontree.eval.tasks.longbench_prompts import official_templates, template
 from fusiontree.eval.tasks.longbench_v2 import LongBenchV2
 from tests.eval.subjects import subject
 
+# SHA-256, first 16 digits, of each template in the authors' file (January 2025).
+OFFICIAL = {
+    "narrativeqa": "aada7ed24b06abac",
+    "qasper": "0fbdd123fe7f83d6",
+    "multifieldqa_en": "20b4666a2de8a1f7",
+    "multifieldqa_zh": "344b3a4e557cd547",
+    "hotpotqa": "9ec4ae308865bd0c",
+    "2wikimqa": "9ec4ae308865bd0c",
+    "musique": "9ec4ae308865bd0c",
+    "dureader": "ae53329f51b17908",
+    "gov_report": "91c25d585b189ced",
+    "qmsum": "dca23b678fe0183b",
+    "multi_news": "2af3f28c40b902e6",
+    "vcsum": "3e5d8241bc9b512e",
+    "trec": "0eff8bebdba99d91",
+    "triviaqa": "00a802e6377e72fc",
+    "samsum": "a68d884234907eef",
+    "lsht": "f3edabdf7fae53d6",
+    "passage_count": "986550b6c61009c6",
+    "passage_retrieval_en": "39b96b7fa52bdd2a",
+    "passage_retrieval_zh": "c1e2346e245eb365",
+    "lcc": "6a1f24cf0bb83cd9",
+    "repobench-p": "ee9ec182ea5ffeb7",
+}
 FORM = "Text: {context}\n\nQ: {input}\nA:"
 
 
@@ -32,8 +64,13 @@ def folder(path, name="qasper", rows=None, form=FORM):
     path.mkdir(exist_ok=True)
     rows = [record()] if rows is None else rows
     (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / FILE).write_text(json.dumps(dict.fromkeys(OFFICIAL, form)))
+    (path / "forms.json").write_text(json.dumps(dict.fromkeys(OFFICIAL, form)))
     return path
+
+
+def settings(data, **options):
+    """With the short templates of `folder`."""
+    return TaskSettings(data=data, options={"templates": str(data / "forms.json"), **options})
 
 
 def scored(task, *pairs, **facts):
@@ -53,8 +90,8 @@ def test_there_are_21_tasks_and_13_by_length():
 
 def test_a_prompt_is_the_template_filled(tmp_path):
     task = LongBench("qasper")
-    settings = TaskSettings(data=folder(tmp_path / "d", rows=[record(context="{input} {", answers=["a", "b"])]))
-    (sample,) = task.samples(text(), settings)
+    data = folder(tmp_path / "d", rows=[record(context="{input} {", answers=["a", "b"])])
+    (sample,) = task.samples(text(), settings(data))
     assert sample.prompt == "Text: {input} {\n\nQ: who?\nA:"  # braces in a document mean nothing
     assert sample.references == ("a", "b")
     assert (sample.id, sample.max_new_tokens, sample.stop, sample.chat) == ("0", 128, (), True)
@@ -67,7 +104,7 @@ def test_only_some_tasks_are_put_into_a_chat_and_samsum_stops_at_a_line_break(tm
     assert {name for name, rules in RULES.items() if not rules.chat} == {
         "trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p",
     }  # fmt: skip
-    (sample,) = LongBench("samsum").samples(text(), TaskSettings(data=folder(tmp_path / "d", "samsum")))
+    (sample,) = LongBench("samsum").samples(text(), settings(folder(tmp_path / "d", "samsum")))
     assert (sample.stop, sample.never_empty, sample.chat) == (("\n",), True, False)
 
 
@@ -79,17 +116,17 @@ def test_the_middle_is_left_out():
 
 def test_a_long_prompt_is_cut_to_the_room_there_is_or_to_what_is_said(tmp_path):
     data = folder(tmp_path / "d", rows=[record(context="c" * 5000)])
-    (sample,) = LongBench("qasper").samples(text(512), TaskSettings(data=data))
+    (sample,) = LongBench("qasper").samples(text(512), settings(data))
     assert len(text().chat(sample.prompt)) == 512 - 128  # the chat template's own text has its room
     assert sample.prompt.startswith("Text: ccc")
     assert sample.prompt.endswith("cc\n\nQ: who?\nA:")
     assert sample.facts["cut"] is True
-    (sample,) = LongBench("qasper").samples(text(512), TaskSettings(data=data, options={"prompt_tokens": "101"}))
+    (sample,) = LongBench("qasper").samples(text(512), settings(data, prompt_tokens="101"))
     assert len(sample.prompt) == 100
     with pytest.raises(ConfigError, match="prompt_tokens=385: allowed: 2 to 384"):
-        next(LongBench("qasper").samples(text(512), TaskSettings(data=data, options={"prompt_tokens": "385"})))
+        next(LongBench("qasper").samples(text(512), settings(data, prompt_tokens="385")))
     with pytest.raises(DataError, match="answer may take 128 tokens, the model sees no more than 100"):
-        next(LongBench("qasper").samples(text(100), TaskSettings(data=data)))
+        next(LongBench("qasper").samples(text(100), settings(data)))
 
 
 def test_what_grows_when_it_is_read_again_is_cut_once_more():
@@ -182,50 +219,59 @@ def test_bad_records_and_options_are_named(tmp_path):
         next(LongBench("lcc").samples(text(), TaskSettings(data=data, options={"edit": "fuzzy"})))
 
 
-def test_templates_are_known_by_their_hash_and_asked_for_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(longbench_prompts, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"longbench:qasper: its prompt template is missing.*dataset2prompt\.json"):
-        template("qasper", None)
-    data = folder(tmp_path / "d")
-    assert template("qasper", data) == (FORM, False)
-    assert template("qasper", data / "qasper.jsonl") == (FORM, False)
-    monkeypatch.setitem(OFFICIAL, "qasper", hashlib.sha256(FORM.encode()).hexdigest()[:16])
-    assert template("qasper", data) == (FORM, True)
-    (tmp_path / "mine.json").write_text(json.dumps({"qasper": "{context} mine"}))
-    assert template("qasper", data, str(tmp_path / "mine.json")) == ("{context} mine", False)
-    with pytest.raises(DataError, match=r"mine\.json: no template for trec"):
-        template("trec", data, str(tmp_path / "mine.json"))
-    (tmp_path / "mine.json").write_text(json.dumps({"qasper": "{input}"}))
-    with pytest.raises(DataError, match=r"has no \{context\}"):
-        template("qasper", data, str(tmp_path / "mine.json"))
+def test_the_templates_that_come_with_the_package_are_the_authors_to_the_letter():
+    found = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in official_templates().items()}
+    assert found == OFFICIAL
+    content = json.loads((files("fusiontree.eval.tasks") / "data" / "longbench_prompts.json").read_text("utf-8"))
+    assert "MIT License" in content["licence"] and "https://github.com/THUDM/LongBench" in content["origin"]
 
 
-@pytest.mark.parametrize(
-    ("official", "harness"),
-    [
-        ("Do it. \n{context}\nNext:\n", "Do it. \n{{context}}\nNext:"),
-        ("Text {context}\nThe answer is: ", "Text {{context}}\nThe answer is:"),
-        ("Shots\n{context}\n\n{input}", "Shots\n{{context}}\n{{question}}"),
-        ("问：{input}\n{context}", "问：{{input}}\n{{context}}"),
-    ],
-)
-def test_the_official_template_is_found_in_the_harness(tmp_path, monkeypatch, official, harness):
-    tasks = tmp_path / "tasks" / "longbench"
-    tasks.mkdir(parents=True)
-    line = json.dumps(harness, ensure_ascii=False)
-    (tasks / "trec.yaml").write_text(f"task: x\ndoc_to_text: {line}\nuntil: !function utils.x\n", encoding="utf-8")
-    spec = ModuleSpec("lm_eval", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(longbench_prompts, "find_spec", lambda name: spec)
-    with pytest.raises(DataError, match="missing"):  # the harness has another one than the authors
-        template("trec", None)
-    monkeypatch.setitem(OFFICIAL, "trec", hashlib.sha256(official.encode()).hexdigest()[:16])
-    assert template("trec", None) == (official, True)
+def test_without_a_file_of_templates_the_official_ones_are_used(tmp_path):
+    (sample,) = LongBench("qasper").samples(text(9000), TaskSettings(data=folder(tmp_path / "d")))
+    assert sample.prompt.startswith("You are given a scientific article") and sample.facts["template"] is True
+    assert record()["context"] in sample.prompt and sample.prompt.endswith("Question: who?\n\nAnswer:")
 
 
-def test_the_installed_harness_has_all_official_templates():
-    pytest.importorskip("lm_eval")
-    assert all(template(dataset, None).official for dataset in RULES)
+def test_templates_of_a_file(tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"qasper": "{context} mine", "trec": official_templates()["trec"], "lcc": "{input}"}))
+    assert template("qasper", str(mine)) == ("{context} mine", False)
+    assert template("trec", str(mine)) == template("trec") == (official_templates()["trec"], True)
+    for name, said in (("samsum", r"mine\.json: no template for samsum"), ("lcc", r"has no \{context\}")):
+        with pytest.raises(DataError, match=said):
+            template(name, str(mine))
+    with pytest.raises(DataError, match=r"nowhere\.json: no template for qasper"):
+        template("qasper", str(tmp_path / "nowhere.json"))
+
+
+# Of the README's tables: the means of the categories for two models, English and Chinese, and the average it gives.
+PUBLISHED = {
+    "GPT-3.5-Turbo-16k": ((39.8, 38.7, 26.5, 67.1, 37.8, 54.1, 44.0), (61.2, 28.7, 16.0, 29.2, 77.5, 54.1, 44.5)),
+    "ChatGLM2-6B-32k": ((32.9, 33.7, 27.6, 59.1, 39.2, 52.7, 40.9), (51.6, 37.6, 16.2, 27.7, 64.5, 52.7, 41.7)),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_averages_are_those_of_the_published_table(model):
+    results = {}
+    for language, means in zip(("english", "chinese"), PUBLISHED[model], strict=True):
+        for names, mean in zip(CATEGORIES.values(), means[:-1], strict=True):
+            for name in names:
+                if name in CATEGORIES["code completion"] or (name in CHINESE) == (language == "chinese"):
+                    results[f"longbench:{name}"] = {"metrics": {"score": mean}}
+    found = overall(results)
+    assert found["metrics"]["english"] == pytest.approx(PUBLISHED[model][0][-1], abs=0.051)
+    assert found["metrics"]["chinese"] == pytest.approx(PUBLISHED[model][1][-1], abs=0.051)
+    assert [row["tasks"] for row in found["tables"]["all"]] == [4, 4, 4, 4, 3, 2]
+    assert len(results) == 21
+
+
+def test_the_average_by_length_leaves_out_what_has_no_samples():
+    def result(score, *buckets):
+        return {"metrics": {"score": score, **dict(zip(BUCKETS, buckets, strict=True))}}
+
+    results = {"longbench_e:qasper": result(20.0, 10.0, None, 30.0), "longbench_e:trec": result(50.0, 40.0, None, None)}
+    assert overall_by_length(results)["metrics"] == {"score": 35.0, "0-4k": 25.0, "4-8k": None, "8k+": 30.0}
 
 
 def question(**changes):
@@ -262,8 +308,8 @@ def test_longbench_v2_takes_another_template(tmp_path):
 
 def test_a_model_is_asked_and_scored(tmp_path):
     rows = [record(context="Ann met Bo. " * n, length=4000 * (n > 2)) for n in (0, 1, 40)]
-    settings = TaskSettings(data=folder(tmp_path / "d", "trec_e", [row | {"all_classes": ["Ann"]} for row in rows]))
-    outcome = evaluate(subject("hybrid", 128), [LongBench("trec", extended=True)], settings, tmp_path / "out")
+    data = folder(tmp_path / "d", "trec_e", [row | {"all_classes": ["Ann"]} for row in rows])
+    outcome = evaluate(subject("hybrid", 128), [LongBench("trec", extended=True)], settings(data), tmp_path / "out")
     assert not outcome.failed
     result = outcome.results["longbench_e:trec"]
     assert result["samples"] == 3

@@ -12,15 +12,17 @@ import pytest
 
 from fusiontree.data.shuffle import Draw
 from fusiontree.errors import DataError
+from fusiontree.eval.heatmap import is_grid
 from fusiontree.eval.registry import find_tasks
 from fusiontree.eval.task import Scored, TaskSettings
 from fusiontree.eval.tasks.haystack import sentences
-from fusiontree.eval.tasks.ruler import RulerTask, overall
+from fusiontree.eval.tasks.ruler import RulerTask
 from fusiontree.eval.tasks.ruler.counting import CommonWordsMaker, FrequentWordsMaker, common_words
 from fusiontree.eval.tasks.ruler.documents import load_corpus
 from fusiontree.eval.tasks.ruler.maker import Room
 from fusiontree.eval.tasks.ruler.needles import NOISE, between_lines, between_sentences
 from fusiontree.eval.tasks.ruler.scoring import clean, string_match_all, string_match_part
+from fusiontree.eval.tasks.ruler.summary import overall
 from fusiontree.eval.tasks.ruler.task import NAMES
 from tests.eval.tasks.texts import KINDS, ask, grade, ignorant, token_text
 
@@ -258,9 +260,16 @@ def test_the_summary_and_the_effective_length() -> None:
         {"length": 4096, "score": 0.0, "samples": 2, "empty": 2},
     ]
 
-    def table(*scores: float) -> dict:
-        return {"tables": {"by_length": [{"length": 4096 << n, "score": score} for n, score in enumerate(scores)]}}
 
-    both = overall({"ruler:vt": table(100, 90, 50, 95), "ruler:cwe": table(90, 84, 60, 85)})
-    assert [line["score"] for line in both["by_length"]] == [95, 87, 55, 90] and both["effective_length"] == 8192
-    assert overall({"ruler:vt": table(85.6)})["effective_length"] is None
+def test_over_the_tasks_there_is_a_mean_per_length_an_effective_length_and_a_grid() -> None:
+    def table(*scores: float) -> dict:
+        lines = [{"length": 4096 << n, "score": score, "samples": 2} for n, score in enumerate(scores)]
+        return {"tables": {"by_length": lines}}
+
+    both = overall({"ruler:vt": table(100, 90, 50, 95), "ruler:cwe": table(90, 84, 60)})
+    means = {"score@4096": 95, "score@8192": 87, "score@16384": 55, "score@32768": 95}
+    assert both["metrics"] == {"effective_length": 8192, **means}
+    grid = both["tables"]["grid"]
+    assert grid["rows"] == ["vt", "cwe"] and grid["cells"] == [[100, 90, 50, 95], [90, 84, 60, None]]
+    assert grid["counts"][1] == [2, 2, 2, 0] and is_grid(grid)
+    assert overall({"ruler:vt": table(85.6)})["metrics"]["effective_length"] == 0

@@ -20,6 +20,7 @@ from fusiontree.eval.tasks.ruler.documents import OFFICIAL, DocumentMaker, load_
 from fusiontree.eval.tasks.ruler.maker import Maker, Question, Room, wording
 from fusiontree.eval.tasks.ruler.needles import KINDS, NeedleMaker
 from fusiontree.eval.tasks.ruler.scoring import clean, string_match_all, string_match_part
+from fusiontree.eval.tasks.ruler.summary import overall
 from fusiontree.eval.tasks.sizes import largest
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -125,5 +126,6 @@ FAMILY = Family(
     RulerTask,
     members=NAMES,
     reads=("limit", "seed", "lengths", "data"),
+    overall=overall,
     options={"chat": "yes: the question in the tokenizer's chat template, the beginning of the answer after it"},
 )

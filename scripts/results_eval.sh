@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The measurements of docs/results.md for one model; run again after an interruption, it goes on.
+#   scripts/results_eval.sh MODEL OUT NOVEL.txt      MODEL: a run or model folder; OUT: a folder for the results
+# FULL=1 measures longer contexts and more questions, as a machine with time can.
+set -euo pipefail
+if [ $# -ne 3 ]; then
+  sed -n 2,4p "$0"
+  exit 2
+fi
+model=$1 out=$2 novel=$3
+code=data/results/stdlib/heldout
+lengths=256,1K,4K windows=2 questions=24 far=16K
+if [ "${FULL:-0}" = 1 ]; then
+  lengths=256,1K,4K,8K windows=8 questions=90 far=1K,4K,16K,64K
+fi
+run() { # FOLDER TASKS SETTINGS...
+  local folder=$1 tasks=$2
+  shift 2
+  fusiontree eval "$model" --tasks "$tasks" --out "$out/$folder" "$@"
+}
+run wikipedia perplexity --data data/results/wikipedia/test.jsonl --lengths "$lengths" --limit "$windows"
+run code perplexity --data "$code/**/*.py" --lengths "$lengths" --limit "$windows"
+run novel perplexity --data "$novel" --lengths "$lengths" --limit "$windows"
+run needles needle_code --lengths 256,1K --depths 0,50,100 --limit "$questions" --option repeats=4 --option new_tokens=8 --option buffer=60
+run copy copy --option sizes=5,10,20 --limit "$questions"
+run phonebook phonebook --option sizes=5,10,20 --limit "$questions"
+run recall recall --option pairs=4,8,16 --limit "$questions"
+run completion codebase --data "$code" --lengths 512 --limit "$questions"
+run ruler ruler:niah_single_1,ruler:vt,ruler:fwe --lengths 1K --limit $((questions / 3))
+run long perplexity --data "$novel" --lengths "$far" --limit 1
