@@ -17,6 +17,7 @@ from fusiontree.cli import (
     eval,
     export,
     generate,
+    index,
     info,
     prune,
     report,
@@ -81,6 +82,7 @@ for verb in (demo, train, prune, export, eval, verify, generate, chat, serve, in
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
+app.add_typer(index.app)
 
 
 def main() -> None:

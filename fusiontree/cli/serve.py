@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusiontree.cli.places import model_folder
-from fusiontree.cli.sampling import Device
+from fusiontree.cli.sampling import Device, Retrieve
 from fusiontree.cli.sampling import device as chosen
 from fusiontree.cli.values import Precision, dtype_of
 from fusiontree.errors import ConfigError
 
 if TYPE_CHECKING:
     from fusiontree.deploy.requests import Limits
+    from fusiontree.deploy.retrieval import Index
     from fusiontree.deploy.server.models import Served
 
 KEY_VARIABLE = "FUSIONTREE_API_KEY"
@@ -49,6 +50,7 @@ def serve(
     report: Annotated[
         Path | None, typer.Option(help="Run folder whose report the page opens.", show_default=False)
     ] = None,
+    retrieve: Retrieve = None,
     device: Device = "auto",
     dtype: Annotated[Precision, typer.Option(help="What to compute in.")] = Precision.stored,
     slots: Annotated[int, typer.Option(help="Answers written together, per model.", min=1)] = 32,
@@ -92,8 +94,8 @@ def serve(
     if host not in LOCAL and not settings.keys:
         typer.echo(f"warning: no API key is set, and others reach {host}; set {KEY_VARIABLE}", err=True)
     listening = bind(host, port)  # before models are read: a port that is taken is told at once
-    page = _report(report)
-    app = create_app(_load(places, chosen(device), dtype, limits), settings, page)
+    page, index = _report(report), _index(retrieve)
+    app = create_app(_load(places, chosen(device), dtype, limits), settings, page, index)
 
     def ready() -> None:
         typer.echo(f"serving {', '.join(places)} at {address_of(listening)} (Ctrl-C ends)")
@@ -140,6 +142,14 @@ def _report(run_folder: Path | None) -> Path | None:
     from fusiontree.lab.report import write_report
 
     return write_report(run_folder)
+
+
+def _index(folder: Path | None) -> Index | None:
+    if folder is None:
+        return None
+    from fusiontree.deploy.retrieval import Index
+
+    return Index(folder)
 
 
 def _load(places: Mapping[str, Path], device: str | None, dtype: Precision, limits: Limits) -> list[Served]:
