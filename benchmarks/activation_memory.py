@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.length_scaling import reset_peak, resident
 from benchmarks.machine import arguments, describe, set_threads, write_result
 from fusiontree import HybridConfig, HybridLanguageModel
+from fusiontree.eval.system.memory import peak_growth
 
 MODES = ("none", "branches", "block")
 SIZES = ("256x6x2x512", "512x6x2x1024", "768x4x1x2048")  # hidden × layers × rows × tokens
@@ -82,11 +82,10 @@ def memory(size: str, mode: str) -> dict[str, int]:
     model, *batch = prepared(size)
     recompute(model, mode)
     kept = kept_bytes(model, *batch)
-    rest = resident("VmRSS")
-    reset_peak()
-    for _ in range(2):
-        loss(model, *batch).backward()
-    return {"kept": kept, "growth": resident("VmHWM") - rest}
+    with peak_growth(batch[0].device) as grown:
+        for _ in range(2):
+            loss(model, *batch).backward()
+        return {"kept": kept, "growth": grown()}
 
 
 def times(size: str, rounds: int) -> dict[str, list[float]]:

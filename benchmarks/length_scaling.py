@@ -13,26 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.contestants import our_config, sizes_from
 from benchmarks.machine import arguments, describe, set_threads, write_result
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise SystemExit(f"/proc/self/status has no {field}: peak memory needs Linux")
-
-
-def reset_peak() -> None:
-    """Let VmHWM start again from the present size."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+from fusiontree.eval.system.memory import peak_growth
 
 
 def child(options: argparse.Namespace) -> None:
@@ -47,13 +34,13 @@ def child(options: argparse.Namespace) -> None:
     seconds = []
     with torch.no_grad():
         model(ids[:, :128], use_cache=True, logits_to_keep=1)  # libraries and kernels load on the first call
-        rest = resident("VmRSS")
-        reset_peak()
-        for _ in range(options.rounds):
-            start = time.perf_counter()
-            model(ids, use_cache=True, logits_to_keep=1)
-            seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": statistics.median(seconds), "peak_bytes": resident("VmHWM") - rest, "raw": seconds}))
+        with peak_growth(ids.device) as grown:
+            for _ in range(options.rounds):
+                start = time.perf_counter()
+                model(ids, use_cache=True, logits_to_keep=1)
+                seconds.append(time.perf_counter() - start)
+            peak = grown()
+    print(json.dumps({"seconds": statistics.median(seconds), "peak_bytes": peak, "raw": seconds}))
 
 
 def measure(length: int, global_heads: int, options: argparse.Namespace) -> dict[str, Any]:

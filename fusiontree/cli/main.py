@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
+    bench,
     chat,
     data,
     demo,
@@ -33,6 +34,7 @@ GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
     "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
     "eval": "run the same command again: it goes on with what has no answer yet",
+    "bench": "run the same command again: it goes on with the sizes that are not measured yet",
     "generate": "the text above is not finished",
     "chat": "the conversation is over",
 }
@@ -78,7 +80,7 @@ app = typer.Typer(
     "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
     "130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, verify, generate, chat, serve, info, report, runs):
+for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, serve, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

@@ -58,7 +58,7 @@ def _follow(futures: Sequence[Future[None]], done: Any, advance: Advance) -> Non
 
 def _start(work: Work, started: Any, done: Any, places: Sequence[Any], stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with started.get_lock():
         number = started.value
@@ -66,7 +66,7 @@ def _start(work: Work, started: Any, done: Any, places: Sequence[Any], stop: Any
     _here.update(work=work, number=number, done=done, place=places[number], stop=stop)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -96,8 +96,8 @@ class TokenText:
         return text
 
 
-class Task(Protocol):
-    """A task that lets the model write: questions, a score per answer, a summary. Build it cheaply, read data late."""
+class Named(Protocol):
+    """What every task says of itself."""
 
     @property
     def name(self) -> str:
@@ -110,6 +110,10 @@ class Task(Protocol):
     @property
     def main_metric(self) -> str:
         """The one of `metrics` that stands for the task."""
+
+
+class Task(Named, Protocol):
+    """A task that lets the model write: questions, a score per answer, a summary. Build it cheaply, read data late."""
 
     def samples(self, text: TokenText, settings: TaskSettings) -> Iterable[Sample]:
         """The questions, in a fixed order, at most `settings.limit`; what has a length tells how many there are.
@@ -140,20 +144,8 @@ class Progress(Protocol):
 
 
 @runtime_checkable
-class DirectTask(Protocol):
+class DirectTask(Named, Protocol):
     """A task that asks the model for more or less than text: losses, the most probable token at positions."""
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-
-    @property
-    def version(self) -> int:
-        """Of the measurement; raised whenever it changes."""
-
-    @property
-    def main_metric(self) -> str:
-        """The one of `metrics` that stands for the task."""
 
     def measure(self, subject: Subject, settings: TaskSettings, progress: Progress) -> dict[str, Any]:
         """{"metrics": {name: number}, "tables": {…}, "samples": [one JSON object per sample]}, "errors" as above.

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from fusiontree.errors import ConfigError, DataError
+from fusiontree.errors import DataError
 from fusiontree.eval.metrics import leval as rules
 from fusiontree.eval.metrics.rouge import google_rouge
 from fusiontree.eval.metrics.words import qa_f1
 from fusiontree.eval.registry import Family
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.tasks.fit import room_for, shortened
+from fusiontree.eval.tasks.options import whole_number
 from fusiontree.eval.tasks.records import Record, Source, from_hub, read_records
 
 REPOSITORY = "L4NLP/LEval"
@@ -115,7 +116,7 @@ class LEval:
         hub = {"name": self.dataset, "split": "test", "revision": "refs/convert/parquet"}
         source = Source(self.dataset, FIELDS, WHERE, lambda: from_hub(REPOSITORY, **hub))
         records = read_records(source, settings.data)
-        tokens = _answer_tokens(settings)
+        tokens = whole_number(settings, "answer_tokens", ANSWER_TOKENS)
         room = room_for(text, tokens)
         for question in islice(self._questions(records), settings.limit):
             yield Sample(
@@ -222,13 +223,6 @@ def shorter_document(text: TokenText, document: str, limit: int, from_left: bool
         document = " ".join(words[-count:] if from_left else words[:count])
         count -= STEP
     return document
-
-
-def _answer_tokens(settings: TaskSettings) -> int:
-    said = settings.options.get("answer_tokens", str(ANSWER_TOKENS))
-    if not said.isdigit() or int(said) < 1:
-        raise ConfigError(f"--option answer_tokens={said}: allowed: a whole number from 1")
-    return int(said)
 
 
 def overall(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.registry import Family
 from fusiontree.eval.subject import Pair, Subject
 from fusiontree.eval.task import Progress, TaskSettings
+from fusiontree.eval.tasks.options import one_of, whole_numbers
 
 PREFIX = "lm_eval:"
 NEW_TOKENS = 256  # the harness's own default
@@ -173,11 +174,10 @@ class HarnessTask:
 
     def measure(self, subject: Subject, settings: TaskSettings, progress: Progress) -> dict[str, Any]:
         """Runs `lm_eval.simple_evaluate`; table `tasks`: version, shots and samples of each task that was run."""
-        shots = settings.options.get("num_fewshot")
         wishes = {
             "limit": settings.limit,
-            "num_fewshot": None if shots is None else _whole("num_fewshot", shots),
-            "apply_chat_template": _switch(settings.options.get("chat_template", "no")),
+            "num_fewshot": next(iter(whole_numbers(settings, "num_fewshot", (), least=0)), None),
+            "apply_chat_template": one_of(settings, "chat_template", ("no", "yes")) == "yes",
         }
         simple_evaluate = _harness()
         manager, tasks = _load(self.member, settings)
@@ -264,18 +264,6 @@ def _loaded(manager: Any, member: str) -> list[Any]:
             raise ConfigError(f"{PREFIX}{member}: {name} runs code that the model writes; that is not done here")
     groups: Mapping[str, Any] = found.get("groups", {})
     return [groups[member]] if member in groups else list(found["tasks"].values())
-
-
-def _whole(key: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"--option {key}={text}: a whole number is needed")
-    return int(text)
-
-
-def _switch(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise ConfigError(f"--option chat_template={text}: allowed are yes and no")
-    return text == "yes"
 
 
 FAMILY = Family(

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from fusiontree.errors import ConfigError, DataError
+from fusiontree.errors import DataError
 from fusiontree.eval.groups import macro_average
 from fusiontree.eval.metrics.choices import classification, retrieval, share_of_numbers
 from fusiontree.eval.metrics.code import longbench_line
@@ -19,6 +19,7 @@ from fusiontree.eval.registry import Family
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.tasks.fit import prompt_limit, room_for, shortened, without_middle
 from fusiontree.eval.tasks.longbench_prompts import template
+from fusiontree.eval.tasks.options import one_of
 from fusiontree.eval.tasks.records import Record, Source, from_hub, read_records
 
 REPOSITORY = "THUDM/LongBench"
@@ -167,10 +168,7 @@ def _prompt_table(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _settings_facts(settings: TaskSettings) -> dict[str, Any]:
-    edit = settings.options.get("edit", "levenshtein")
-    if edit not in EDIT:
-        raise ConfigError(f"--option edit={edit}: allowed: {', '.join(EDIT)}")
-    return {"official": settings.official, "edit": edit}
+    return {"official": settings.official, "edit": one_of(settings, "edit", tuple(EDIT))}
 
 
 def _record_facts(record: Record) -> dict[str, Any]:

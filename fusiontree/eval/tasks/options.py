@@ -26,5 +26,5 @@ def one_of(settings: TaskSettings, key: str, allowed: tuple[str, ...]) -> str:
     """The option as one of the words allowed, the first of which is the default."""
     value = settings.options.get(key, allowed[0])
     if value not in allowed:
-        raise ConfigError(f"--option {key}={value}: allowed are {', '.join(allowed)}")
+        raise ConfigError(f"--option {key}={value}: allowed: {', '.join(allowed)}")
     return value

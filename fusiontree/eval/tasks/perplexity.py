@@ -25,6 +25,7 @@ from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.registry import Family
 from fusiontree.eval.subject import Pair, Subject
 from fusiontree.eval.task import Progress, TaskSettings
+from fusiontree.eval.tasks.options import whole_number
 from fusiontree.eval.tasks.streams import Stream, read_streams
 
 USUAL_LENGTHS = tuple(1024 << power for power in range(7))  # 1K … 64K
@@ -116,7 +117,7 @@ def make_plan(subject: Subject, settings: TaskSettings) -> Plan:
     lengths = tuple(sorted(set(settings.lengths)))
     if lengths and lengths[0] < 2:
         raise ConfigError(f"--lengths {lengths[0]}: at least 2 tokens")
-    stride = _whole(settings.options.get("stride"))
+    stride = whole_number(settings, "stride", 0) or None
     allowed = lengths or tuple(n for n in USUAL_LENGTHS if n <= subject.max_length) or (subject.max_length,)
     enough = None
     if settings.limit is not None:
@@ -138,14 +139,6 @@ def make_plan(subject: Subject, settings: TaskSettings) -> Plan:
         left -= blocks
         plan.lasts.append(min(len(stream.ids), plan.first + int(blocks) * plan.stride(plan.longest)) if blocks else 0)
     return plan
-
-
-def _whole(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--option stride={text}: a whole number of tokens, at least 1")
-    return int(text)
 
 
 def score(subject: Subject, plan: Plan, windows: Sequence[Window], edges: Sequence[int]) -> list[dict[str, Any]]:

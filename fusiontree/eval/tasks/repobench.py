@@ -13,6 +13,7 @@ from fusiontree.eval.metrics.edit import edit_similarity
 from fusiontree.eval.registry import Family
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.tasks.fit import room_for, shortened, without_start
+from fusiontree.eval.tasks.options import one_of
 from fusiontree.eval.tasks.records import Record, Source, from_hub, read_records
 
 SETTINGS = ("cross_file_first", "cross_file_random", "in_file")
@@ -48,7 +49,7 @@ class RepoBench:
     def samples(self, text: TokenText, settings: TaskSettings) -> Iterator[Sample]:
         """The settings' records in turn, so that a limit takes equally many of each."""
         room = room_for(text, ANSWER_TOKENS)
-        keep_end = _choice(settings, "overlong", ("refuse", "keep_end"), "refuse") == "keep_end"
+        keep_end = one_of(settings, "overlong", ("refuse", "keep_end")) == "keep_end"
         limit = min(PROMPT_TOKENS, room)
         lists = [self._records(name, settings) for name in _several(settings, "settings", SETTINGS, SETTINGS)]
         turns = chain.from_iterable(zip_longest(*lists))
@@ -96,12 +97,17 @@ class RepoBench:
 
     def score(self, sample: Sample, output: str) -> dict[str, float]:
         """Exact match 0 or 1, edit similarity 0 … 100, of the first line that is code."""
-        line, gold = repobench_line(output, self.language), sample.references[0]
-        return {"exact_match": same_code(line, gold), "edit_similarity": float(edit_similarity(line, gold))}
+        return line_scores(output, sample.references[0], self.language)
 
     def summarise(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """Percent per setting, rounded as by the authors; the total weights the settings by their samples."""
         return summary(scored, "setting", "level")
+
+
+def line_scores(output: str, gold: str, language: str) -> dict[str, float]:
+    """What the first line that is code is worth."""
+    line = repobench_line(output, language)
+    return {"exact_match": same_code(line, gold), "edit_similarity": float(edit_similarity(line, gold))}
 
 
 def summary(scored: Sequence[Scored], group: str, *breakdowns: str) -> dict[str, Any]:
@@ -165,13 +171,6 @@ def _several(settings: TaskSettings, key: str, allowed: Sequence[str], default: 
     chosen = [name for name in settings.options.get(key, ",".join(default)).split(",") if name]
     if not chosen or not set(chosen) <= set(allowed):
         raise ConfigError(f"--option {key}={settings.options.get(key)}: allowed, with commas: {', '.join(allowed)}")
-    return chosen
-
-
-def _choice(settings: TaskSettings, key: str, allowed: Sequence[str], default: str) -> str:
-    chosen = settings.options.get(key, default)
-    if chosen not in allowed:
-        raise ConfigError(f"--option {key}={chosen}: allowed: {', '.join(allowed)}")
     return chosen
 
 

@@ -14,6 +14,7 @@ from fusiontree.data.tokenizer import plain_encoder
 from fusiontree.errors import ConfigError, DataError
 from fusiontree.eval.subject import Subject
 from fusiontree.eval.task import TaskSettings
+from fusiontree.eval.tasks.options import one_of
 
 LARGEST_DOCUMENT = 1 << 30
 
@@ -39,11 +40,9 @@ def read_streams(
     Documents apart count when they are longer than the shortest of `lengths`, and the longest one in any case. Reading
     ends when there are `enough` tokens to measure the longest of `lengths`. DataError when there is no text.
     """
-    manner = settings.options.get("documents", "joined")
-    if manner not in ("joined", "apart"):
-        raise ConfigError(f"--option documents={manner}: allowed are joined and apart")
+    joined = one_of(settings, "documents", ("joined", "apart")) == "joined"
     documents = _documents(subject, settings)
-    streams = [_joined(documents, enough)] if manner == "joined" else _apart(documents, lengths, enough)
+    streams = [_joined(documents, enough)] if joined else _apart(documents, lengths, enough)
     if not streams[0].ids.size:
         raise DataError(f"{settings.data}: the tokenizer finds no token in it")
     return streams

@@ -87,5 +87,5 @@ def test_options_that_do_not_do() -> None:
         whole_numbers(settings, "wrong", ())
     with pytest.raises(ConfigError, match="sizes=3, 4: must be whole numbers of at least 4"):
         whole_numbers(settings, "sizes", (), least=4)
-    with pytest.raises(ConfigError, match="mode=odd: allowed are even, none"):
+    with pytest.raises(ConfigError, match="mode=odd: allowed: even, none"):
         one_of(settings, "mode", ("even", "none"))

@@ -118,7 +118,7 @@ def test_the_published_sets() -> None:
         (TaskSettings(lengths=(100,)), "allowed are 64, 128, 256, 512"),
         (TaskSettings(lengths=(64,)), "8192 ids, the model has 512"),
         (TaskSettings(options={"suite": "based"}), "length 1024, the model may see 512"),
-        (TaskSettings(options={"suite": "x"}), "allowed are zoology, based"),
+        (TaskSettings(options={"suite": "x"}), "allowed: zoology, based"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(settings: TaskSettings, said: str) -> None:

@@ -192,7 +192,7 @@ def test_errors_follow_the_spread_over_windows(text):
         ({"lengths": (1, 4)}, "at least 2"),
         ({"options": {"stride": "0"}}, "stride=0"),
         ({"options": {"stride": "half"}}, "stride=half"),
-        ({"options": {"documents": "torn"}}, "joined and apart"),
+        ({"options": {"documents": "torn"}}, "allowed: joined, apart"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(settings, said, text):

@@ -16,15 +16,13 @@ from typing import Any
 
 from fusiontree.data.sources import STDLIB
 from fusiontree.errors import ConfigError, DataError
-from fusiontree.eval.metrics.code import repobench_line, same_code
-from fusiontree.eval.metrics.edit import edit_similarity
 from fusiontree.eval.registry import Family
 from fusiontree.eval.task import Sample, Scored, TaskSettings, TokenText
 from fusiontree.eval.tasks.codebase.generic import OtherFiles
 from fusiontree.eval.tasks.codebase.python import PythonFiles
 from fusiontree.eval.tasks.codebase.source import PYTHON, Definition, Use, source_files, standard_library
 from fusiontree.eval.tasks.fit import room_for, shortened, without_start
-from fusiontree.eval.tasks.repobench import summary
+from fusiontree.eval.tasks.repobench import line_scores, summary
 
 SETTINGS = ("cross_file", "in_file")
 ANSWER_TOKENS = 128
@@ -74,8 +72,7 @@ class Codebase:
     def score(self, sample: Sample, output: str) -> dict[str, float]:
         """Exact match 0 or 1, edit similarity 0 … 100, of the first line that is code."""
         language = "python" if sample.facts["file"].endswith(PYTHON) else "java"
-        line, gold = repobench_line(output, language), sample.references[0]
-        return {"exact_match": same_code(line, gold), "edit_similarity": float(edit_similarity(line, gold))}
+        return line_scores(output, sample.references[0], language)
 
     def summarise(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """Percent of all and per length."""
