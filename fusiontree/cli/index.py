@@ -1,11 +1,14 @@
 """`fusiontree index`."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusiontree.deploy.retrieval import MOST_PASSAGES, PASSAGE_CHARACTERS, Hit
+if TYPE_CHECKING:
+    from fusiontree.deploy.retrieval import Hit
 
 app = typer.Typer(name="index", no_args_is_help=True, help="Make local files searchable for --retrieve.")
 
@@ -14,7 +17,7 @@ app = typer.Typer(name="index", no_args_is_help=True, help="Make local files sea
 def build(
     files: Annotated[list[str], typer.Argument(help="Text, JSONL or Parquet files, or globs.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the index; an older index there is replaced.")],
-    passage_characters: Annotated[int, typer.Option(help="Length of a passage, about.", min=1)] = PASSAGE_CHARACTERS,
+    passage_characters: Annotated[int, typer.Option(help="Length of a passage, about.", min=1)] = 800,
 ) -> None:
     """Cut files into passages and index them by their words (BM25)."""
     from fusiontree.deploy.retrieval import build_index
@@ -26,7 +29,7 @@ def build(
 def search(
     index: Annotated[Path, typer.Argument(help="Folder that `index build` made.", show_default=False)],
     text: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
-    most: Annotated[int, typer.Option(help="Passages at most.", min=1)] = MOST_PASSAGES,
+    most: Annotated[int, typer.Option(help="Passages at most.", min=1)] = 4,
 ) -> None:
     """Show the passages that --retrieve would find for a text."""
     from fusiontree.deploy.retrieval import Index

@@ -77,8 +77,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
-    "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
-    "130 interrupted.",
+    "generate, serve. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says "
+    "why), 130 interrupted.",
 )
 for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, serve, info, report, runs):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))

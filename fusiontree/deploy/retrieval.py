@@ -22,8 +22,6 @@ from fusiontree.errors import ConfigError, DataError, FusionTreeError
 from fusiontree.models.json_files import one_line
 from fusiontree.models.manifest import MANIFEST, seal, verify
 
-PASSAGE_CHARACTERS = 800
-MOST_PASSAGES = 4
 PASSAGES = "passages.jsonl"
 SCORES = "bm25"
 _FORMAT = "fusiontree-index"
@@ -63,7 +61,7 @@ def words(text: str) -> list[str]:
     return found
 
 
-def passages_of(paths: Sequence[str], size: int = PASSAGE_CHARACTERS) -> Iterator[Passage]:
+def passages_of(paths: Sequence[str], size: int = 800) -> Iterator[Passage]:
     """The passages of text, JSONL or Parquet files, cut at line ends after about `size` characters."""
     for path in paths:
         for document in read_source(SourceConfig(path=path), BadRecords()):
@@ -87,7 +85,7 @@ def _cut(text: str, size: int) -> Iterator[tuple[int, str]]:
         yield begin, held.strip()
 
 
-def build_index(paths: Sequence[str], folder: str | Path, size: int = PASSAGE_CHARACTERS) -> int:
+def build_index(paths: Sequence[str], folder: str | Path, size: int = 800) -> int:
     """Index files, write the index to a new folder (or over an older index) and return the number of passages."""
     if size < 1:
         raise ConfigError(f"a passage must have at least 1 character; given {size}")
@@ -122,7 +120,7 @@ class Index:
         except (FusionTreeError, OSError, ValueError, TypeError, KeyError) as problem:
             raise DataError(f"{folder}: the index cannot be read: {one_line(problem)}") from None
 
-    def search(self, text: str, most: int = MOST_PASSAGES) -> list[Hit]:
+    def search(self, text: str, most: int = 4) -> list[Hit]:
         """The passages that share words with a text, best first."""
         known = [word for word in words(text) if word in self._scores.vocab_dict]
         if not known:
