@@ -47,7 +47,7 @@ OPTIONAL = [
 ]
 
 # About an optional package, and imported only where it is there.
-ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots", "fusiontree.deploy.server.")
+ADAPTERS = ("fusiontree.lab.canvas", "fusiontree.lab.plots", "fusiontree.lab.grid.plots", "fusiontree.deploy.server.")
 
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 DOCUMENTS = sorted([*READMES, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from fusiontree.cli.values import amount
 from fusiontree.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 WITHOUT_TOKENIZER = 32000
 UNITS = ("B", "KB", "MB", "GB", "TB")
-THOUSANDS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
 class Device(str, Enum):
@@ -141,22 +140,8 @@ def of_preset(name: str, params: str | None, overrides: Sequence[str]) -> Target
         settings[key.strip().removeprefix("model.")] = parse_value(text, f"override {override!r}")
     if params is None:
         return Target(preset(name, **settings))
-    solved = solve(name, params=_count(params), **settings)
+    solved = solve(name, params=amount("--params", params), **settings)
     return Target(solved.config, note=str(solved))
-
-
-def _count(text: str) -> float:
-    """`10M` → 10 000 000."""
-    number, unit = text[:-1], text[-1:].upper()
-    if unit not in THOUSANDS:
-        number, unit = text, ""
-    try:
-        value = float(number) * THOUSANDS[unit]
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise ConfigError(f"--params {text!r}: must be a number above 0, with K, M or B behind it if wanted, as in 10M")
-    return value
 
 
 def _of_folder(folder: Path) -> HybridConfig:

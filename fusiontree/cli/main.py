@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 from fusiontree.cli import (
     INPUT_ERROR,
     INTERRUPTED,
+    ablate,
     bench,
     chat,
+    compare,
     data,
     demo,
     eval,
@@ -33,6 +35,8 @@ from fusiontree.errors import FusionTreeError, LostRankError
 GO_ON = {
     "train": "run the same command again: it goes on from the last checkpoint in the run folder",
     "demo": "run the same command again: finished stages are kept, training goes on from its last checkpoint",
+    "compare": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
+    "ablate": "run the same command again: finished runs are kept, the one at work goes on from its last checkpoint",
     "eval": "run the same command again: it goes on with what has no answer yet",
     "bench": "run the same command again: it goes on with the sizes that are not measured yet",
     "generate": "the text above is not finished",
@@ -80,7 +84,23 @@ app = typer.Typer(
     "generate, serve. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says "
     "why), 130 interrupted.",
 )
-for verb in (demo, train, prune, export, eval, bench, verify, generate, chat, serve, info, report, runs):
+for verb in (
+    demo,
+    train,
+    prune,
+    export,
+    eval,
+    bench,
+    verify,
+    generate,
+    chat,
+    serve,
+    info,
+    report,
+    runs,
+    compare,
+    ablate,
+):
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from fusiontree.cli.places import model_folder
 from fusiontree.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
+THOUSANDS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
 class Precision(str, Enum):
@@ -37,6 +39,20 @@ def model_place(model: str) -> str:
 def length(text: str) -> int:
     """Tokens: 4096 or 4K."""
     return int(text[:-1]) * 1024 if text[-1:] in ("K", "k") else int(text)
+
+
+def amount(flag: str, text: str) -> float:
+    """`10M` → 10 000 000; ConfigError that names `flag` for what is no number above 0."""
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in THOUSANDS:
+        number, unit = text, ""
+    try:
+        value = float(number) * THOUSANDS[unit]
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{flag} {text!r}: must be a number above 0, with K, M or B behind it if wanted, as in 10M")
+    return value
 
 
 def numbers(flag: str, text: str, read: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -5,13 +5,44 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
+from importlib import resources
 
+# Nothing may be loaded from anywhere, whatever text a run folder carries.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 ABSENT = '<span class="none">–</span>'
 
 
 def esc(value: object) -> str:
     """Text that is safe inside elements and quoted attributes."""
     return html.escape(str(value), quote=True)
+
+
+def whole_page(title: str, body: str) -> str:
+    """A self-contained page around ready HTML, in the look of report.css; `title` is plain text."""
+    style = resources.files("fusiontree.lab").joinpath("report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{esc(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def figure(title: str, svg: str, caption: str) -> str:
+    """A picture with its title and what to see in it."""
+    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
 def tag(name: str, body: str, css: str = "") -> str:

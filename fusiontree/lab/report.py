@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from importlib import resources
 from pathlib import Path
 
 from fusiontree.errors import DataError, FusionTreeError
 from fusiontree.lab import sections
-from fusiontree.lab.markup import esc
+from fusiontree.lab.markup import whole_page
 from fusiontree.lab.run_folder import RunFolder, read_run
 
-# Nothing may be loaded from anywhere, whatever text a run folder carries.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 PARTS = ("config.yaml", "metrics.jsonl", "gates.jsonl", "plan.json", "slim.json")  # any of them makes a run folder
 LEARNING = ["loss", "learning_rate", "throughput", "gradient_norm"]
 PROBES = ["perplexity", "recall"]
@@ -92,22 +89,4 @@ def _page(run: RunFolder, svgs: dict[str, str]) -> str:
         sections.setup(run, parameters),
         sections.notes(run),
     ]
-    style = resources.files("fusiontree.lab").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{esc(run.path.resolve().name)} · FusionTree run</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{"".join(parts)}
-</main>
-</body>
-</html>
-"""
+    return whole_page(f"{run.path.resolve().name} · FusionTree run", "".join(parts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fusiontree.deploy.plan import BRANCHES, LayerPlan, PrunePlan
-from fusiontree.lab.markup import ABSENT, absent, bar, duration, esc, fixed, scaled, section, table, tag
+from fusiontree.lab.markup import ABSENT, absent, bar, duration, esc, figure, fixed, scaled, section, table, tag
 from fusiontree.lab.run_folder import Row, RunFolder, alarms, number, series
 
 SPIKES, DOCUMENTS = 20, 4  # rows of the table of spikes, and names of documents in each
@@ -154,7 +154,7 @@ def pictures(title: str, lead: str, names: list[str], svgs: dict[str, str], miss
 
 def _figure(name: str, svg: str) -> str:
     title, caption = FIGURES[name]
-    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
+    return figure(title, svg, caption)
 
 
 def alarm_list(run: RunFolder) -> str:

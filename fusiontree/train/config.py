@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -293,23 +293,36 @@ def check_model_section(section: Mapping[str, Any]) -> None:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read YAML and apply `section.key=value` overrides; raises ConfigError naming field, value and what is allowed."""
+    return parse_config(read_overridden(path, overrides), where=str(path))
+
+
+def read_overridden(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file holds, with `section.key=value` overrides applied."""
     content = read_yaml(Path(path))
     for override in overrides:
-        _apply(content, override)
-    return parse_config(content, where=str(path))
+        apply_override(content, override)
+    return content
 
 
 def parse_config(content: Mapping[str, Any], where: str = "config") -> RunConfig:
     """Mapping -> RunConfig; raises ConfigError naming every wrong field."""
+    return parse_settings(RunConfig, content, where)
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def parse_settings(kind: type[Settings], content: Mapping[str, Any], where: str) -> Settings:
+    """Mapping -> settings of a `kind`; raises ConfigError naming every wrong field."""
     try:
-        return RunConfig.model_validate(dict(content))
+        return kind.model_validate(dict(content))
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_describe(item) for item in error.errors())) from error
+        raise ConfigError(f"{where}: " + "; ".join(_describe(item, kind=kind) for item in error.errors())) from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in nested mappings and lists; the new section is made when it is missing."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
@@ -336,12 +349,12 @@ def _index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _describe(item: Any, *prefix: str) -> str:
+def _describe(item: Any, *prefix: str, kind: type[Section] = RunConfig) -> str:
     """One pydantic error as `field: what is wrong, not the value given`."""
     location = (*prefix, *item["loc"])
     field = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_hint(str(location[-1]), _keys_beside(location))}"
+        return f"{field}: unknown key{_hint(str(location[-1]), _keys_beside(location, kind))}"
     if item["type"] == "missing":
         return f"{field}: is required"
     message = item["msg"].removeprefix("Value error, ")
@@ -353,16 +366,22 @@ def _describe(item: Any, *prefix: str) -> str:
     return f"{field}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
 
 
-def _keys_beside(location: Sequence[Any]) -> list[str]:
+def _keys_beside(location: Sequence[Any], kind: type[Section]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     if location[0] == "model":
         return list(MODEL_ARGUMENTS)
-    model: Any = RunConfig
+    model: Any = kind
     for part in location[:-1]:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next((arg for arg in get_args(annotation) if hasattr(arg, "model_fields")), annotation)
+        if isinstance(part, str) and part in model.model_fields:  # else the name of an entry
+            model = _section_in(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a field holds: itself, perhaps none, or as entries of a list or a mapping."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _section_in(argument)) is not None), None)
 
 
 def _hint(key: str, allowed: Sequence[str]) -> str:
