@@ -19,6 +19,7 @@ from fusiontree.cli import (
     demo,
     eval,
     export,
+    gates,
     generate,
     index,
     info,
@@ -84,23 +85,10 @@ app = typer.Typer(
     "generate, serve. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says "
     "why), 130 interrupted.",
 )
-for verb in (
-    demo,
-    train,
-    prune,
-    export,
-    eval,
-    bench,
-    verify,
-    generate,
-    chat,
-    serve,
-    info,
-    report,
-    runs,
-    compare,
-    ablate,
-):
+VERBS = (
+    demo, train, prune, export, eval, bench, gates, verify, generate, chat, serve, info, report, runs, compare, ablate,
+)  # fmt: skip
+for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)

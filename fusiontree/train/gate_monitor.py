@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusiontree.models.gate_statistics import GateStatistics, token_class_table
 from fusiontree.train.callbacks import Callback, Snapshot
 from fusiontree.train.config import GateMonitorSection
-from fusiontree.train.gate_statistics import TOKEN_CLASSES, GateStatistics
 from fusiontree.train.jsonl import JsonLines
 
 
@@ -142,18 +142,3 @@ def _prefer_real(chosen: Tensor, mask: Tensor) -> Tensor:
     last = torch.where(real, order, order.new_full((), -1)).cummax(0).values
     first = torch.where(real, order, order.new_full((), chosen.numel() - 1)).amin()
     return chosen[torch.where(last < 0, first, last)]
-
-
-def token_class_table(tokenizer: Any) -> Tensor:
-    """(V,) int64: the class of every token id, an index into TOKEN_CLASSES, by the text it decodes to."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return torch.tensor([TOKEN_CLASSES.index(_class_of(text)) for text in texts])
-
-
-def _class_of(text: str) -> str:
-    core = text.strip()
-    if not core:
-        return "space"
-    if any(character.isalpha() for character in core):
-        return "word"
-    return "number" if any(character.isdigit() for character in core) else "punctuation"

@@ -68,7 +68,7 @@ def test_peak_growth_sees_what_was_freed_again_and_only_that() -> None:
     with peak_growth(torch.device("cpu")) as grown:
         torch.ones(16_000_000).sum()
         found = grown()
-    assert 64 * MB <= found <= 72 * MB
+    assert 63 * MB <= found <= 72 * MB  # Linux counts pages by processor, and is some 100 KB off
 
 
 def test_what_happens_in_a_fresh_process_arrives_here() -> None:
@@ -87,7 +87,7 @@ def test_parts_of_the_peak_are_what_arithmetic_says(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=8192, num_hidden_layers=1)).save_pretrained(tmp_path)
     found = measure_memory_apart(Source(str(tmp_path)), 1024, 4, 1, threads=1)
     wide = 3 * 1024 * 8192 * 4
-    assert 0.98 * wide <= found.activations <= 1.12 * wide
+    assert 0.99 * wide <= found.activations <= 1.06 * wide
     assert found.weights == 4 * (3 * 64 * 8192 + 4 * 64 * 64 + 2 * 64 * 64 + 3 * 64) + found.other + 2 * 4 * 16
     assert found.kv == 2 * 1027 * 64 * 4 and found.ssm == found.conv == 0
     assert found.peak == found.weights + found.kv + found.other + found.activations < (found.process or 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import activation_memory, compile_speed, machine
+from benchmarks import activation_memory, compile_speed, machine, prompt_lengths
 from benchmarks.contestants import NAMES, QUICK, TOLERANCE, Sizes, _count_on_meta, build, matching_intermediate_size
 from benchmarks.floor import forward_flops_per_token
 from benchmarks.length_scaling import exponent
@@ -80,3 +80,15 @@ def test_kept_bytes_fall_with_what_is_recomputed():
     found = {mode: {"kept": size, "growth": 2 * size} for mode, size in zip(activation_memory.MODES, kept, strict=True)}
     rows = activation_memory.summarise("64x2x1x96", found, {mode: [1.0] for mode in activation_memory.MODES})
     assert rows[0]["saved"] == "0%" and rows[1]["kept MB"] == kept[1] / 1e6
+
+
+def test_the_pruned_twin_of_the_prompt_benchmark_has_lost_every_other_attention():
+    models = prompt_lengths.models_of(QUICK, torch.bfloat16)
+    assert list(models) == ["fusiontree", "pruned", "falcon_h1", "llama"]
+    assert [layer["mixers"] for layer in models["pruned"].config.layers] == [["mamba"], ["mamba", "attention"]]
+    speed = dict.fromkeys(("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token"), 2.0)
+    speed |= {f"token_latency_p{percent}": 0.5 for percent in (50, 95, 99)}
+    memory = dict.fromkeys(("peak", "weights", "kv", "ssm", "conv", "activations"), 3_000_000)
+    good = {"model": "a", "length": 8, "batch_size": 1, "speed": speed, "memory": memory, "error": None}
+    (row,) = prompt_lengths.summarise([good, {**good, "speed": None, "memory": None, "error": "out of memory"}])
+    assert row["p99 ms"] == 500 and row["kv MB"] == row["peak MB"] == 3 and row["first token s"] == 2

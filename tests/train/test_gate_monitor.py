@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fusiontree.data import byte_tokenizer
+from fusiontree.models.gate_statistics import TOKEN_CLASSES, GateStatistics, token_class_table
 from fusiontree.train.callbacks import Snapshot
 from fusiontree.train.config import GateMonitorSection
-from fusiontree.train.gate_monitor import GateMonitor, token_class_table
-from fusiontree.train.gate_statistics import TOKEN_CLASSES, GateStatistics
+from fusiontree.train.gate_monitor import GateMonitor
 from fusiontree.train.jsonl import JsonLines
 from tests.train.tiny import lines
 

@@ -1,8 +1,8 @@
 """Peak memory of a generation, and what it consists of: weights, cache by part, activations.
 
 On a GPU the allocator of torch counts. On a CPU the operating system does: by how much the resident memory of a process
-has grown at most, which also sees what kernels allocate past torch. Linux only; pages that are free but kept by the C
-library are given back before, so that they cannot be taken for memory in use, and taken again unseen.
+has grown at most, which also sees what kernels allocate past torch. Linux only. The C library keeps freed pages, which
+would count as memory in use, or be taken again unseen: it is made to give them back, in a measuring process at once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fusiontree.eval.system.holdings import weight_bytes
 from fusiontree.eval.system.speed import generate_once, random_prompt
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 128 << 10  # of malloc.h; bytes
 WARM_UP = 32  # tokens; enough to load kernels and libraries
 
 
@@ -96,6 +97,7 @@ def _load_and_measure(
     transformers_logging.set_verbosity_error()  # what it has to say the parent has said
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(threads)
+    _give_back_large_blocks_at_once()
     return measure_memory(source.load("cpu"), length, new_tokens, batch_size, seed=seed)
 
 
@@ -158,6 +160,13 @@ def _give_back_free_pages() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; others keep little
     if trim is not None:
         trim(0)
+
+
+def _give_back_large_blocks_at_once() -> None:
+    """Otherwise glibc raises its threshold with every large block that is freed, to 32 MB, and keeps what is below."""
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _touch(model: Any) -> None:

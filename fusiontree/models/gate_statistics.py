@@ -1,4 +1,5 @@
-"""Running statistics of the fusion gates, kept on the device: nothing here waits for it except `GateStatistics.rows`.
+"""Running statistics of the fusion gates, kept on the device: nothing here waits for it except `GateStatistics.rows`;
+and the classes of tokens that they are told apart by.
 
 N layers, S sampled tokens, H channels, C token classes.
 """
@@ -104,6 +105,21 @@ class GateStatistics:
             sums = values["classes"][index].tolist()
             row["classes"] = {name: s / n if n else None for name, s, n in zip(TOKEN_CLASSES, sums, seen, strict=True)}
         return _rounded(row)
+
+
+def token_class_table(tokenizer: Any) -> Tensor:
+    """(V,) int64: the class of every token id, an index into TOKEN_CLASSES, by the text it decodes to."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return torch.tensor([TOKEN_CLASSES.index(_class_of(text)) for text in texts])
+
+
+def _class_of(text: str) -> str:
+    core = text.strip()
+    if not core:
+        return "space"
+    if any(character.isalpha() for character in core):
+        return "word"
+    return "number" if any(character.isdigit() for character in core) else "punctuation"
 
 
 def _count(gates: Tensor, n: int) -> Tensor:
