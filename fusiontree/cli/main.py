@@ -15,6 +15,7 @@ from fusiontree.cli import (
     bench,
     chat,
     compare,
+    convert,
     data,
     demo,
     eval,
@@ -86,7 +87,8 @@ app = typer.Typer(
     "why), 130 interrupted.",
 )
 VERBS = (
-    demo, train, prune, export, eval, bench, gates, verify, generate, chat, serve, info, report, runs, compare, ablate,
+    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, serve, info, report, runs, compare,
+    ablate,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))

@@ -123,7 +123,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class RequestEnd:
-    """The last event of a request: all choices have ended and nothing of it is held any more."""
+    """The last event of a request: all choices have ended. Its slots are free before the next step."""
 
     usage: Usage
 

@@ -17,7 +17,8 @@ class Saving(NamedTuple):
 def branch_prefixes(layer: int, branch: str) -> tuple[str, ...]:
     """The state-dict prefixes that go with one branch of one layer: its own, and the glances, which need both."""
     here = f"model.layers.{layer}."
-    prefixes = f"{here}mixers.{branch}.", f"{here}alignment.inputs.{branch}.", f"{here}cross."
+    own = (f"mixers.{branch}.", f"alignment.inputs.{branch}.", f"joint.branch_norms.{branch}.", "cross.")
+    prefixes = tuple(here + name for name in own)
     # A layer's own time encoding feeds Mamba only.
     return (*prefixes, f"{here}srte.") if branch == "mamba" else prefixes
 

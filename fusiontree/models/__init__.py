@@ -4,7 +4,7 @@ from fusiontree.models.accounting import Accounting, account
 from fusiontree.models.block import compile_blocks
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
-from fusiontree.models.convert import from_llama, from_mamba2
+from fusiontree.models.convert import from_transformers, to_transformers
 from fusiontree.models.hybrid_model import HybridLanguageModel, HybridOutput
 from fusiontree.models.presets import preset
 from fusiontree.models.solve import Solved, solve
@@ -18,8 +18,8 @@ __all__ = [
     "Solved",
     "account",
     "compile_blocks",
-    "from_llama",
-    "from_mamba2",
+    "from_transformers",
     "preset",
     "solve",
+    "to_transformers",
 ]

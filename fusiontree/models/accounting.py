@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from fusiontree.models.config import HybridConfig, LayerSpec
 
 PARTS = (
-    "embedding", "srte", "mamba", "attention", "cross", "alignment", "gate", "fusion_proj", "mlp", "norm", "lm_head",
+    "embedding", "positions", "srte", "mamba", "attention", "cross", "alignment", "gate", "fusion_proj", "mlp", "norm",
+    "lm_head",
 )  # fmt: skip
+MLP_MATRICES = {"mlp": 2, "swiglu": 3, "geglu": 3, "none": 0}
 _SCAN_GROUP = 32  # chunk states combined by one matrix, see ops.ssd
 _PROGRESS_BYTES = 16  # two int64 per row of a cache: age and position
 
@@ -78,7 +80,8 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
     vocabulary = config.vocab_size * config.hidden_size
     parameters["embedding"] = vocabulary
     parameters["lm_head"] = 0 if config.tie_word_embeddings else vocabulary
-    parameters["norm"] += 0 if _ends_normed(config) else config.hidden_size
+    parameters["positions"] = _table_parameters(config)
+    parameters["norm"] += _norm_parameters(config) * (config.embedding_norm + (config.norm_placement != "post"))
     flops["lm_head"] = 2 * vocabulary
     if config.srte_shared and any(has_time(config, spec) for spec in config.layer_specs):
         parameters["srte"] += _srte_parameters(config)
@@ -93,13 +96,18 @@ def account(config: HybridConfig, length: int = 1024, batch_size: int = 1, dtype
         parameters=dict(parameters),
         flops=dict(flops),
         state_bytes={**states, "progress": _PROGRESS_BYTES * batch_size},
-        fp32_parameters=3 * config.mamba_num_heads * mamba_layers,
+        fp32_parameters=_mamba_fp32(config) * mamba_layers,
         per_layer=layers,
     )
 
 
-def _ends_normed(config: HybridConfig) -> bool:
-    return config.norm_placement == "post" and config.layer_specs[-1].block == "hybrid"
+def _table_parameters(config: HybridConfig) -> int:
+    return config.max_position_embeddings * config.hidden_size if config.position_encoding == "learned" else 0
+
+
+def _norm_parameters(config: HybridConfig) -> int:
+    """Of one norm over the hidden size."""
+    return config.hidden_size * (2 if config.norm_type == "layer" else 1)
 
 
 def has_time(config: HybridConfig, spec: LayerSpec) -> bool:
@@ -115,41 +123,73 @@ def _srte_flops(config: HybridConfig) -> int:
     return 2 * config.srte_rank * config.hidden_size if config.srte == "low_rank" else 0
 
 
-def mamba_channels(config: HybridConfig) -> int:
-    """Channels of the convolution: x, B and C."""
-    return config.mamba_inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
+def has_gate(config: HybridConfig, spec: LayerSpec) -> bool:
+    """Whether a gate stands between two branches of the layer."""
+    return spec.block == "hybrid" and config.fusion_rule == "gate" and len(spec.mixers) == 2
+
+
+def _mamba_fp32(config: HybridConfig) -> int:
+    """A_log, dt_bias and D of one layer."""
+    inner = config.mamba_inner_size
+    return 3 * config.mamba_num_heads if config.mamba_type == "mamba2" else inner * (config.mamba_d_state + 2)
+
+
+def _mamba_projections(config: HybridConfig) -> int:
+    hidden, inner = config.hidden_size, config.mamba_inner_size
+    if config.mamba_type == "mamba2":
+        return hidden * (2 * inner + config.mamba_channels + config.mamba_num_heads)
+    return 3 * hidden * inner + inner * (2 * config.mamba_rank + 2 * config.mamba_d_state)
 
 
 def projections(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
     """Weights that stand in a matrix product with every token, by part."""
-    hidden, inner, counts = config.hidden_size, config.mamba_inner_size, Counter[str]()
+    hidden, counts = config.hidden_size, Counter[str]()
     if "mamba" in spec.mixers:
-        counts["mamba"] = hidden * (2 * inner + mamba_channels(config) + config.mamba_num_heads)
+        counts["mamba"] = _mamba_projections(config)
     if "attention" in spec.mixers:
         query = config.num_attention_heads * config.head_dim
         counts["attention"] = 2 * hidden * (query + config.num_key_value_heads * config.head_dim)
     if spec.block == "hybrid":
-        counts["alignment"] = hidden * 2 * hidden * len(spec.mixers) + hidden * hidden
+        counts["alignment"] = (hidden * 2 * hidden * len(spec.mixers) + hidden * hidden) * config.alignment
         counts["cross"] = 4 * hidden * config.cross_rank if len(spec.mixers) == 2 else 0
-        if config.gate_granularity != "layer":
+        if config.fusion_rule == "gate" and config.gate_granularity != "layer":
             counts["gate"] = (hidden + config.gates_per_token) * config.gate_rank
         counts["fusion_proj"] = hidden * hidden
-    counts["mlp"] = {"mlp": 2, "swiglu": 3, "none": 0}[config.mlp_type] * hidden * config.intermediate_size
+    counts["mlp"] = config.num_experts * _expert(config)
+    counts["mlp"] += hidden * config.num_experts if config.num_experts > 1 else 0  # the router
     return counts
 
 
-def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
-    counts = projections(config, spec)
-    norms = 1
+def _expert(config: HybridConfig) -> int:
+    """Weights of one MLP's products."""
+    return MLP_MATRICES[config.mlp_type] * config.hidden_size * config.intermediate_size
+
+
+def norms_of(config: HybridConfig, spec: LayerSpec) -> int:
+    """Norms over the hidden size in a layer, those of the branches left out."""
+    sandwich, has_mlp = config.norm_placement == "sandwich", config.mlp_type != "none"
     if spec.block == "hybrid":
-        norms += config.norm_placement != "pre"
+        return 1 + (config.norm_placement != "pre")
+    if spec.block == "parallel":
+        return config.parallel_norms + sandwich
+    return (1 + has_mlp) * (1 + sandwich)
+
+
+def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
+    counts, hidden = projections(config, spec), config.hidden_size
+    if spec.block == "hybrid" and config.fusion_rule == "gate":
         counts["gate"] += config.gate_granularity == "layer"
-    else:
-        norms += config.mlp_type != "none"
-    counts["norm"] = norms * config.hidden_size
+    branch_norms = len(spec.mixers) if config.fusion_rule == "mean" else 0
+    counts["norm"] = norms_of(config, spec) * _norm_parameters(config) + branch_norms * hidden
+    if "attention" in spec.mixers and config.attention_bias:
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        counts["attention"] += heads * config.head_dim + hidden
+    if config.mlp_bias and config.mlp_type != "none":
+        biases = (MLP_MATRICES[config.mlp_type] - 1) * config.intermediate_size + hidden
+        counts["mlp"] += config.num_experts * biases
     if "mamba" in spec.mixers:
-        convolution = mamba_channels(config) * (config.mamba_d_conv + 1)
-        counts["mamba"] += convolution + 3 * config.mamba_num_heads + config.mamba_inner_size
+        counts["mamba"] += config.mamba_channels * (config.mamba_d_conv + 1) + _mamba_fp32(config)
+        counts["mamba"] += config.mamba_inner_size if config.mamba_type == "mamba2" else 0  # the gated norm
     if has_time(config, spec) and not config.srte_shared:
         counts["srte"] = _srte_parameters(config)
     return counts
@@ -158,8 +198,10 @@ def _layer_parameters(config: HybridConfig, spec: LayerSpec) -> Counter[str]:
 def _layer_flops(config: HybridConfig, spec: LayerSpec, length: int) -> Counter[str]:
     """Per token, mean over a row of `length`."""
     flops: Counter[str] = Counter({part: 2 * count for part, count in projections(config, spec).items()})
+    flops["mlp"] -= 2 * (config.num_experts - config.experts_per_token) * _expert(config)  # those not chosen
     if "mamba" in spec.mixers:
-        flops["mamba"] += 2 * config.mamba_d_conv * mamba_channels(config) + _ssd_flops(config, length)  # type: ignore[assignment]
+        scan = _ssd_flops(config, length) if config.mamba_type == "mamba2" else _selective_flops(config)
+        flops["mamba"] += 2 * config.mamba_d_conv * config.mamba_channels + scan  # type: ignore[assignment]
     if "attention" in spec.mixers:
         flops["attention"] += _attention_flops(config, spec, length)  # type: ignore[assignment]
     if has_time(config, spec) and not config.srte_shared:
@@ -175,6 +217,12 @@ def _ssd_flops(config: HybridConfig, length: int) -> float:
     chunks = min(-(-length // chunk), _SCAN_GROUP)
     combined = 2 * inner * state * (chunks + 1) ** 2 / (chunks * chunk)
     return within + 4 * inner * state + combined
+
+
+def _selective_flops(config: HybridConfig) -> int:
+    """Per channel and state: dt·A and its exp, what is written, the chunk's recurrence and decay, the entering state,
+    and the one product, with C."""
+    return 10 * config.mamba_inner_size * config.mamba_d_state
 
 
 def global_heads(config: HybridConfig, spec: LayerSpec) -> int:
@@ -196,7 +244,7 @@ def _layer_states(config: HybridConfig, spec: LayerSpec, length: int, rows: int,
     states = {"ssm": 0, "conv": 0, "local_kv": 0, "global_kv": 0}
     if "mamba" in spec.mixers:
         states["ssm"] = 4 * rows * config.mamba_inner_size * config.mamba_d_state
-        states["conv"] = dtype_bytes * rows * mamba_channels(config) * (config.mamba_d_conv - 1)
+        states["conv"] = dtype_bytes * rows * config.mamba_channels * (config.mamba_d_conv - 1)
     if "attention" in spec.mixers:
         wide, heads = global_heads(config, spec), config.num_attention_heads
         per_key = 2 * dtype_bytes * rows * config.head_dim

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusiontree.models.accounting import global_heads, has_time, mamba_channels, projections
+from fusiontree.models.accounting import global_heads, has_gate, has_time, norms_of, projections
 from fusiontree.models.config import HybridConfig, LayerSpec
 from fusiontree.ops.attention import query_block, window_blocks
+from fusiontree.ops.selective_scan import tokens_at_once
 
 _F32 = 4
 _SCAN_GROUP = 32  # chunk states combined by one matrix, see ops.ssd
@@ -80,13 +81,14 @@ def layer_activations(config: HybridConfig, spec: LayerSpec, run: Pass) -> Layer
     hidden, value = config.hidden_size, run.value_bytes
     mixers = 0.0
     if "mamba" in spec.mixers:
-        mixers += _mamba(config, run) + _mamba_input(config, spec, run)
+        mixers += _MAMBAS[config.mamba_type](config, run) + _mamba_input(config, spec, run)
     if "attention" in spec.mixers:
         mixers += _attention(config, spec, run) + hidden * value
-    around = _around_hybrid(config, spec, run) if spec.block == "hybrid" else _around_sequential(config, run)
+    mixers += _joint(config, spec, run) if spec.block != "hybrid" else 0
+    around = _around_hybrid(config, spec, run) if spec.block == "hybrid" else _around_plain(config, spec, run)
     casts = {part: 0 if value == _F32 else value * count for part, count in projections(config, spec).items()}
     inside = casts.pop("mamba", 0) + casts.pop("attention", 0)
-    fused = spec.block == "hybrid" and len(spec.mixers) == 2
+    fused = has_gate(config, spec)
     return LayerActivations(
         mixers=round(mixers * run.tokens),
         around=round(around * run.tokens),
@@ -102,12 +104,12 @@ def shared_activations(config: HybridConfig, run: Pass, recomputes: bool) -> dic
     """Bytes that all layers share, and the output head's: positions, masks, final norm, the loss's gradients."""
     hidden, value, specs = config.hidden_size, run.value_bytes, config.layer_specs
     parts = {"ids": 8.0 * run.tokens, "masks": float(_masks(config, run))}
-    if any("attention" in spec.mixers for spec in specs):
+    if any("attention" in spec.mixers and "rope" in _positions(config, spec) for spec in specs):
         parts["rotary"] = value * config.head_dim * run.tokens
     if config.srte_shared and any(has_time(config, spec) for spec in specs):
         parts["srte"] = _time(config, run, recomputes) * run.tokens
-    ends_normed = config.norm_placement == "post" and specs[-1].block == "hybrid"
-    parts["norm"] = 0.0 if ends_normed else _norm(hidden, run) * run.tokens
+    ends = config.embedding_norm + (config.norm_placement != "post")
+    parts["norm"] = ends * _norm(config, run) * run.tokens
     parts["loss"] = value * hidden * (run.tokens + config.vocab_size)
     return {name: round(size) for name, size in parts.items()}
 
@@ -120,19 +122,41 @@ def _time(config: HybridConfig, run: Pass, recomputes: bool) -> float:
     return own + (result * hidden if recomputes else 0)
 
 
-def _norm(size: int, run: Pass) -> float:
-    """RMS norm: its input in fp32; a CPU has no fused one and keeps the normed values before the weight, too."""
+def _norm(config: HybridConfig, run: Pass) -> float:
+    """One norm over the hidden size."""
+    return _F32 * (config.hidden_size + 2) if config.norm_type == "layer" else _rms_norm(config.hidden_size, run)
+
+
+def _rms_norm(size: int, run: Pass) -> float:
+    """Its input in fp32; a CPU has no fused one and keeps the normed values before the weight, too."""
     return _F32 * (size + 1) + (_F32 * size if run.device == "cpu" else 0)
+
+
+def _positions(config: HybridConfig, spec: LayerSpec) -> set[str]:
+    """How the layer's groups of heads know positions."""
+    wide, heads = global_heads(config, spec), config.num_attention_heads
+    return {config.head_positions(every) for every, count in ((True, wide), (False, heads - wide)) if count}
 
 
 def _around_hybrid(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
     hidden, value, outputs = config.hidden_size, run.value_bytes, len(spec.mixers)
-    norms = 1 if config.norm_placement == "pre" else 2
-    # Branch outputs; the alignment's inner and residual half, its activation, its result; what is fused.
-    numbers = (outputs + 2 + 1 + 1 + 1) * hidden + _gate(config) + _mlp(config)
+    gated = config.fusion_rule == "gate"
+    # The alignment's inner and residual half, its activation; its result, or the sum; what is fused.
+    numbers = (3 * config.alignment + 1 + 1) * hidden + _mlp(config)
+    if gated or config.alignment:
+        numbers += outputs * hidden
+    numbers += _gate(config) if gated else 0
     if config.cross_rank and outputs == 2:
         numbers += 2 * (hidden + config.cross_rank)
-    return norms * _norm(hidden, run) + value * numbers
+    return norms_of(config, spec) * _norm(config, run) + _joint(config, spec, run) + value * numbers
+
+
+def _joint(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
+    """What joins branches without a gate; in plain blocks a part of what selective checkpointing computes again."""
+    if config.fusion_rule != "mean":
+        return 0
+    kept_anyway = spec.block == "hybrid" and config.alignment and run.value_bytes == _F32
+    return len(spec.mixers) * (_rms_norm(config.hidden_size, run) - _F32 * config.hidden_size * kept_anyway)
 
 
 def _gate(config: HybridConfig) -> int:
@@ -143,16 +167,24 @@ def _gate(config: HybridConfig) -> int:
     return config.gate_rank + config.gates_per_token + written_out
 
 
-def _around_sequential(config: HybridConfig, run: Pass) -> float:
-    norm = _norm(config.hidden_size, run)
+def _around_plain(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
+    """Norms, the MLP and its input, which a parallel block shares with the mixer where they share the norm."""
+    around = norms_of(config, spec) * _norm(config, run)
     if config.mlp_type == "none":
-        return norm
-    return 2 * norm + run.value_bytes * (config.hidden_size + _mlp(config))
+        return around
+    shared = spec.block == "parallel" and config.parallel_norms == 1 and run.value_bytes == _F32
+    if spec.block == "parallel" and config.parallel_norms == 2:
+        around -= _F32 * config.hidden_size  # both norms read the same tensor
+    return around + run.value_bytes * (config.hidden_size * (not shared) + _mlp(config))
 
 
 def _mlp(config: HybridConfig) -> int:
-    """Numbers: before and after the activation; SwiGLU has a second factor and the product, too."""
-    return {"mlp": 2, "swiglu": 4, "none": 0}[config.mlp_type] * config.intermediate_size
+    """Numbers: before and after the activation; a gated unit has a second factor and the product, too. Of experts those
+    of the chosen ones, and for each its input and its result before and after it is weighed, and the router's."""
+    inner = {"mlp": 2, "swiglu": 4, "geglu": 4, "none": 0}[config.mlp_type] * config.intermediate_size
+    if config.num_experts == 1:
+        return inner
+    return config.experts_per_token * (inner + 3 * config.hidden_size) + 2 * config.num_experts
 
 
 def _mamba_input(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
@@ -163,7 +195,7 @@ def _mamba_input(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
 
 def _mamba(config: HybridConfig, run: Pass) -> float:
     inner, heads, channels, value = (
-        config.mamba_inner_size, config.mamba_num_heads, mamba_channels(config), run.value_bytes,
+        config.mamba_inner_size, config.mamba_num_heads, config.mamba_channels, run.value_bytes,
     )  # fmt: skip
     # Gated norm: z, silu(z), y, their product and the normed product, all fp32, and the result. fp32 products: z is a
     # part of the projection's result, which is kept whole.
@@ -171,6 +203,20 @@ def _mamba(config: HybridConfig, run: Pass) -> float:
     gated = _F32 * (projected + 4 * inner) + value * inner
     convolution = value * channels * (1 + (config.mamba_d_conv - 1) / run.length)
     return gated + convolution + _scan(config, run)
+
+
+def _mamba1(config: HybridConfig, run: Pass) -> float:
+    """See ops.selective_scan: its inputs in fp32, and the state that enters each piece."""
+    inner, state, value = config.mamba_inner_size, config.mamba_d_state, run.value_bytes
+    # The projection, whose half z is; what is convolved and its result; y, silu(z) and their product.
+    numbers = (2 + 1 + (config.mamba_d_conv - 1) / run.length + 1 + 3) * inner + config.mamba_rank + 2 * state
+    exact = 2 * inner  # the steps before and after softplus
+    exact += inner + 2 * state if value != _F32 else 0
+    pieces = -(-run.length // tokens_at_once(run.rows, inner, state, run.device))
+    return value * numbers + _F32 * (exact + pieces / run.length * inner * state)
+
+
+_MAMBAS = {"mamba2": _mamba, "mamba1": _mamba1}
 
 
 def _scan(config: HybridConfig, run: Pass) -> float:
@@ -208,8 +254,9 @@ def _attention(config: HybridConfig, spec: LayerSpec, run: Pass) -> float:
         copied = 0 if shares == 1 and whole else 2
         total += (end - first) * ((1 + copied) * size * run.value_bytes + _F32) + _blocks(run)
     # Views keep the tensors they look into: the turned queries and keys, and the projection's result.
-    total += size * run.value_bytes * ((heads + kv_heads) * ("queries" in views))
-    total += size * run.value_bytes * ((heads + 2 * kv_heads) * ("values" in views))
+    turned = "rope" in _positions(config, spec)
+    total += size * run.value_bytes * ((heads + kv_heads) * ("queries" in views and turned))
+    total += size * run.value_bytes * ((heads + 2 * kv_heads) * ("values" in views or (bool(views) and not turned)))
     # SDPA lays its result out as the output projection wants it: one tensor serves both.
     single = len(groups) == 1 and groups[0][2] is None and not _blocks(run)
     return total + (0 if single else heads * size * run.value_bytes)
@@ -250,7 +297,32 @@ def _masks(config: HybridConfig, run: Pass) -> int:
         if window is not None and window < run.length:
             block, before = window_blocks(run.length, window)
             total += rows * -(-run.length // block) * block * (before + 1) * block
-    wide = any(global_heads(config, spec) for spec in specs) or any(w and w >= run.length for w in windows)
+    wide = any(global_heads(config, spec) for spec in specs) and config.head_positions(True) != "alibi"
+    wide |= any(w and w >= run.length for w in windows) and not _falls_locally(config)
     if run.packed and wide and query_block(run.length, run.length) == run.length:
         total += rows * run.length**2
-    return run.value_bytes * total
+    return run.value_bytes * (total + sum(_falls(group, rows, run) for group in _alibi_groups(config)))
+
+
+def _alibi_groups(config: HybridConfig) -> set[tuple[int, int | None]]:
+    """Heads and window of each group that has ALiBi."""
+    groups: set[tuple[int, int | None]] = set()
+    for spec in config.layer_specs:
+        wide, heads = global_heads(config, spec), config.num_attention_heads
+        if "attention" in spec.mixers:
+            groups |= {(wide, None)} if wide and config.head_positions(True) == "alibi" else set()
+            groups |= {(heads - wide, spec.sliding_window)} if heads > wide and _falls_locally(config) else set()
+    return groups
+
+
+def _falls_locally(config: HybridConfig) -> bool:
+    return config.head_positions(False) == "alibi"
+
+
+def _falls(group: tuple[int, int | None], rows: int, run: Pass) -> int:
+    """Numbers in ALiBi's part of the scores, which layers share; of windows in blocks one block's."""
+    heads, window = group
+    if window is not None and window < run.length:
+        block, before = window_blocks(run.length, window)
+        return heads * block * block * (before + 1)
+    return rows * heads * run.length**2 if query_block(run.length, run.length, heads) == run.length else 0

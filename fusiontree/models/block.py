@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusiontree.models.cache import HybridCacheLayer
+from fusiontree.models.experts import Routing
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
 
@@ -28,6 +29,7 @@ class LayerOutput(NamedTuple):
     hidden: Tensor
     gate: Tensor | None = None  # (B, L, H), with gradient
     branch_rms: Tensor | None = None  # (2,) fp32: Mamba, attention
+    routing: Routing | None = None  # of a mixture of experts, always
 
 
 class Block(nn.Module):
@@ -51,7 +53,7 @@ class Block(nn.Module):
         # Always watched: one program instead of two, and what is watched is at hand anyway.
         program = _program(type(self).run, self.compiled)
         out = program(self, x, positions, segments, None, removed, recompute_branches, True)
-        return out if watch else LayerOutput(out.hidden)
+        return out if watch else LayerOutput(out.hidden, routing=out.routing)
 
     def run(
         self,

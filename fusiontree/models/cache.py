@@ -28,23 +28,29 @@ StatesAfter = Callable[[int], tuple[Tensor | None, Tensor | None]]  # n → conv
 
 _SIZES = (  # of a config, that decide the shape and meaning of a cache
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "mamba_expand", "mamba_head_dim", "mamba_n_groups", "mamba_d_state", "mamba_d_conv",
+    "position_encoding", "global_position_encoding", "mamba_type", "mamba_expand", "mamba_head_dim", "mamba_n_groups",
+    "mamba_d_state", "mamba_d_conv",
 )  # fmt: skip
 
 
 def _shapes(config: HybridConfig, batch: int, seen: int) -> dict[str, tuple[int | None, ...]]:
     """Shape of each part of a layer after `seen` tokens; None where it may differ between layers."""
-    channels = config.mamba_inner_size + 2 * config.mamba_n_groups * config.mamba_d_state
     rows: tuple[int | None, ...] = (batch,)
     return {
-        "conv_state": (batch, channels, config.mamba_d_conv - 1),
-        "ssm_state": (batch, config.mamba_num_heads, config.mamba_head_dim, config.mamba_d_state),
+        "conv_state": (batch, config.mamba_channels, config.mamba_d_conv - 1),
+        "ssm_state": _SSM_SHAPES[config.mamba_type](config, batch),
         "local": (2, batch, None, None, config.head_dim),
         "global": (2, batch, None, seen, config.head_dim),
         "age": rows,
         "position": rows,
         "seq_idx": rows,
     }
+
+
+_SSM_SHAPES: dict[str, Callable[[HybridConfig, int], tuple[int | None, ...]]] = {
+    "mamba2": lambda c, batch: (batch, c.mamba_num_heads, c.mamba_head_dim, c.mamba_d_state),
+    "mamba1": lambda c, batch: (batch, c.mamba_inner_size, c.mamba_d_state),
+}
 
 
 @dataclass
@@ -67,7 +73,7 @@ class HybridCacheLayer(CacheLayerMixin):
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.conv_state: Tensor | None = None  # (B, D, K-1)
-        self.ssm_state: Tensor | None = None  # (B, H, P, N) fp32
+        self.ssm_state: Tensor | None = None  # (B, H, P, N), of Mamba-1 (B, E, N), fp32
         self.local = KVBuffer(window)
         self.everywhere = KVBuffer(None)
         self.progress = Progress()

@@ -19,7 +19,7 @@ from fusiontree.models.config_layers import MIXERS, fill_layers
 class LayerSpec:
     """One layer, all defaults resolved."""
 
-    block: str  # "hybrid": the branches side by side, fused by the gate; "sequential": mixer, then MLP
+    block: str  # "hybrid": branches, fused, and an MLP of both; "sequential": mixer, then MLP; "parallel": side by side
     mixers: tuple[str, ...]
     sliding_window: int | None  # keys a local head sees, the query included; None: every head is global
     global_heads: int
@@ -29,8 +29,14 @@ class HybridConfig(PreTrainedConfig):
     """Configuration of `HybridLanguageModel`.
 
     Attention: `num_attention_heads` heads of which the first `global_heads` see everything and the rest the last
-    `sliding_window` keys; RoPE of base `rope_theta`, stretched by `rope_factor` as `rope_scaling` says. Mamba: inner
-    width `mamba_expand * hidden_size`, in heads of `mamba_head_dim`. SRTE: the time encoding added to the Mamba branch.
+    `sliding_window` keys. `position_encoding`: rope (base `rope_theta`, stretched by `rope_factor` as `rope_scaling`
+    says), alibi, learned (a table added to the embeddings) or none; `global_position_encoding` where the heads that see
+    everything have another. Mamba: `mamba_type` mamba2 or mamba1, inner width `mamba_expand * hidden_size`; mamba2 in
+    heads of `mamba_head_dim`. SRTE: the time encoding added to the Mamba branch.
+    Fusion: `fusion_rule` gate, sum, or mean (of the normed branches); without `alignment` the gate and the MLP see the
+    branches' sum. `norm_type` rms or layer, `norm_placement` post, pre or sandwich; `parallel_norms`: whether mixer and
+    MLP of a parallel block have a norm each. `mlp_type`: mlp (with `hidden_act`), swiglu, geglu or none; of more than
+    one `num_experts` each token takes its best `experts_per_token`.
     Variants: `window_growth` G widens the window with depth, doubling in steps from `sliding_window` to G times that;
     `cross_rank` gives each branch a glance of that rank at the other; `gate_granularity`: how many gates a token has.
     `block` and `mixers`: what every layer is, a FusionTree block where nothing is said. `layers`: one dict per layer
@@ -49,16 +55,21 @@ class HybridConfig(PreTrainedConfig):
     sliding_window: int | None = 256
     window_growth: int = 1
     global_heads: int = 1
+    position_encoding: str = "rope"
+    global_position_encoding: str | None = None  # of heads that see everything; left out: as the others
     rope_theta: float = 10000.0
     rope_scaling: str = "none"
     rope_factor: float = 1.0
+    rope_original_length: int | None = None  # YaRN's length before stretching; left out: max_position_embeddings
     max_position_embeddings: int = 2048
 
+    mamba_type: str = "mamba2"
     mamba_d_state: int = 64
     mamba_d_conv: int = 4
     mamba_expand: float = 2.0
     mamba_head_dim: int = 64
     mamba_n_groups: int = 1
+    mamba_dt_rank: int | None = None  # of Mamba-1; left out: hidden_size / 16
     mamba_chunk_size: int = 64
     mamba_dt_limit: tuple[float, float] | list[float] = (0.0, float("inf"))
 
@@ -68,12 +79,21 @@ class HybridConfig(PreTrainedConfig):
     gate_rank: int = 64
     gate_granularity: str = "channel"
     cross_rank: int = 0  # 0: the branches do not see each other before the gate
+    fusion_rule: str = "gate"
+    alignment: bool = True
 
+    norm_type: str = "rms"
     norm_placement: str = "post"
     norm_eps: float = 1e-6
     mlp_type: str = "mlp"
     intermediate_size: int = None  # type: ignore[assignment]  # left out: 2 * hidden_size
     hidden_act: str = "gelu"
+    num_experts: int = 1
+    experts_per_token: int = 1
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    embedding_norm: bool = False
+    parallel_norms: int = 1
 
     drop_branch_prob: float = 0.0
     checkpointing: str = "branches"
@@ -125,3 +145,22 @@ class HybridConfig(PreTrainedConfig):
     @property
     def mamba_num_heads(self) -> int:
         return self.mamba_inner_size // self.mamba_head_dim
+
+    @property
+    def mamba_rank(self) -> int:
+        """Rank of Mamba-1's step sizes."""
+        return -(-self.hidden_size // 16) if self.mamba_dt_rank is None else self.mamba_dt_rank
+
+    @property
+    def mamba_channels(self) -> int:
+        """Channels of the Mamba branch's convolution: x, and with Mamba-2 also B and C."""
+        return self.mamba_inner_size + (
+            2 * self.mamba_n_groups * self.mamba_d_state if self.mamba_type == "mamba2" else 0
+        )
+
+    def head_positions(self, sees_everything: bool) -> str:
+        """How heads know where a key stands: rope, alibi or none."""
+        name = self.position_encoding
+        if sees_everything and self.global_position_encoding is not None:
+            name = self.global_position_encoding
+        return "none" if name == "learned" else name

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusiontree.models.config import HybridConfig
 
 MIXERS = ("mamba", "attention")
+BLOCKS = ("hybrid", "sequential", "parallel")
 _MIXER_CHOICES = (["mamba"], ["attention"], ["attention", "mamba"])
 
 
@@ -53,12 +54,10 @@ def _window_at(config: HybridConfig, i: int) -> int | None:
 def _check_layer(layer: dict[str, Any], i: int, heads: int) -> dict[str, Any]:
     mixers, window, global_heads = layer["mixers"], layer["sliding_window"], layer["global_heads"]
     here = f"layers[{i}]"
-    if layer["block"] not in ("hybrid", "sequential"):
-        raise ConfigError(f"{here}.block={layer['block']!r}: must be hybrid or sequential")
+    if layer["block"] not in BLOCKS:
+        raise ConfigError(f"{here}.block={layer['block']!r}: must be one of {', '.join(BLOCKS)}")
     if not isinstance(mixers, (list, tuple)) or sorted(map(str, mixers)) not in _MIXER_CHOICES:
         raise ConfigError(f"{here}.mixers={mixers!r}: must be a list of mamba, attention or both, each once")
-    if layer["block"] == "sequential" and len(mixers) != 1:
-        raise ConfigError(f"{here}.mixers={mixers!r}: a sequential block has exactly one")
     if window is not None and (not is_whole(window) or window < 1):
         raise ConfigError(
             f"{here}.sliding_window={window!r}: must be a whole number of keys ≥ 1, or null for no window"

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from fusiontree.models.config import HybridConfig
 from fusiontree.models.linear import Linear
+from fusiontree.models.norms import RMSNorm
 
 
 class CrossFusion(nn.Module):
@@ -55,11 +56,7 @@ class Alignment(nn.Module):
 
     def forward(self, branches: dict[str, Tensor]) -> Tensor:
         """Branch outputs (B, L, H) → a (B, L, H)."""
-        total: Tensor | None = None
-        for name, h in branches.items():
-            part = self.inputs[name](h)
-            total = part if total is None else total + part
-        inner, residual = total.chunk(2, dim=-1)  # type: ignore[union-attr]
+        inner, residual = total({name: self.inputs[name](h) for name, h in branches.items()}).chunk(2, dim=-1)
         return self.out(self.act(inner)) + residual
 
 
@@ -96,6 +93,46 @@ class GateOfLayer(nn.Module):
 def build_gate(config: HybridConfig) -> nn.Module:
     """The gate that `config.gate_granularity` names."""
     return GateOfLayer() if config.gate_granularity == "layer" else GateLowRank(config)
+
+
+class SumOfBranches(nn.Module):
+    """h_mamba + h_attn, as in Falcon-H1; a branch that is out counts as zero."""
+
+    def __init__(self, config: HybridConfig, branches: tuple[str, ...]) -> None:
+        super().__init__()
+
+    def forward(self, branches: dict[str, Tensor]) -> Tensor:
+        """Branch outputs (B, L, H) → (B, L, H)."""
+        return total(branches)
+
+
+class MeanOfBranches(nn.Module):
+    """Half of norm(h_mamba) + norm(h_attn), as in Hymba; a branch that is out counts as zero."""
+
+    def __init__(self, config: HybridConfig, branches: tuple[str, ...]) -> None:
+        super().__init__()
+        # RMS norms whatever the others are: of nothing they make nothing.
+        self.branch_norms = nn.ModuleDict({name: RMSNorm(config.hidden_size, config.norm_eps) for name in branches})
+
+    def forward(self, branches: dict[str, Tensor]) -> Tensor:
+        """Branch outputs (B, L, H) → (B, L, H)."""
+        return 0.5 * total({name: self.branch_norms[name](h) for name, h in branches.items()})
+
+
+JOINTS: dict[str, type[SumOfBranches] | type[MeanOfBranches]] = {"sum": SumOfBranches, "mean": MeanOfBranches}
+
+
+def build_joint(config: HybridConfig, branches: tuple[str, ...]) -> nn.Module | None:
+    """What joins the branches where `config.fusion_rule` is not the gate."""
+    return None if config.fusion_rule == "gate" else JOINTS[config.fusion_rule](config, branches)
+
+
+def total(branches: dict[str, Tensor]) -> Tensor:
+    """The sum of the branch outputs."""
+    first, *others = branches.values()
+    for h in others:
+        first = first + h
+    return first
 
 
 def fuse(gate: Tensor, branches: dict[str, Tensor]) -> Tensor:

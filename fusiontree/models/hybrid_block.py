@@ -1,23 +1,25 @@
-"""The two block forms. `HybridBlock` is FusionTree's (SPEC M1); `SequentialBlock` is the usual mixer-then-MLP layer.
+"""FusionTree's own block form (SPEC M1), and the choice among all of them.
 
 Shapes: B batch, L tokens, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.block import Block, LayerOutput
 from fusiontree.models.cache import HybridCacheLayer
 from fusiontree.models.config import HybridConfig, LayerSpec
-from fusiontree.models.fusion import Alignment, CrossFusion, build_gate, fuse
+from fusiontree.models.fusion import Alignment, CrossFusion, build_gate, build_joint, fuse, total
 from fusiontree.models.linear import Linear
-from fusiontree.models.local_global_attn import LocalGlobalAttention
-from fusiontree.models.mamba_block import MambaBlock
-from fusiontree.models.mlp import build_mlp
-from fusiontree.models.norms import RMSNorm
+from fusiontree.models.mixers import build_mixers
+from fusiontree.models.mlp import build_mlp, run_mlp
+from fusiontree.models.norms import build_norm
+from fusiontree.models.plain_block import ParallelBlock, SequentialBlock
 from fusiontree.models.positions import Positions
 from fusiontree.models.segments import Segments
 from fusiontree.models.srte import SRTE
@@ -26,34 +28,29 @@ from fusiontree.ops.autocast import autocast_dtype
 _RMS_STRIDE = 8  # every 8th token serves for the watched branch norms
 
 
-def build_mixers(config: HybridConfig, spec: LayerSpec) -> nn.ModuleDict:
-    """The layer's mixers by name, Mamba first."""
-    build = {"mamba": lambda: MambaBlock(config), "attention": lambda: LocalGlobalAttention(config, spec)}
-    return nn.ModuleDict({name: build[name]() for name in spec.mixers})
-
-
 class HybridBlock(Block):
     """Both branches read norm(x) side by side (Mamba with the time encoding added), are aligned and fused by the gate:
 
     y = x + fusion_proj(g·h_mamba + (1-g)·h_attn) + mlp(a). With `cross_rank` the branches first glance at each other.
     Placement `post` norms y, `sandwich` norms what is added,
-    `pre` neither. A pruned block has one mixer; its other branch counts as zero.
+    `pre` neither. A pruned block has one mixer; its other branch counts as zero. `fusion_rule` sum or mean stands in
+    the gate's place; without `alignment` a is the branches' sum.
     """
 
     def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.norm_eps
         self.placement = config.norm_placement
-        self.norm = RMSNorm(hidden, eps)
+        self.norm = build_norm(config)
         self.mixers = build_mixers(config, spec)
         self.srte = None if config.srte_shared or config.srte == "none" or "mamba" not in spec.mixers else SRTE(config)
         glances = config.cross_rank > 0 and len(spec.mixers) == 2
         self.cross = CrossFusion(config) if glances else None
-        self.alignment = Alignment(config, spec.mixers)
-        self.gate = build_gate(config)
-        self.fusion_proj = Linear(hidden, hidden)
+        self.alignment = Alignment(config, spec.mixers) if config.alignment else None
+        self.gate = build_gate(config) if config.fusion_rule == "gate" else None
+        self.joint = build_joint(config, spec.mixers)
+        self.fusion_proj = Linear(config.hidden_size, config.hidden_size)
         self.mlp = build_mlp(config)
-        self.out_norm = RMSNorm(hidden, eps) if self.placement != "pre" else None
+        self.out_norm = build_norm(config) if self.placement != "pre" else None
 
     def run(
         self,
@@ -72,15 +69,18 @@ class HybridBlock(Block):
             branches = self._branches(z, positions, segments, cache, removed)
         # A branch that is out neither gives nor gets a glance: as in a layer that was built without it.
         seen = branches if self.cross is None or removed is not None else self.cross(branches)
-        a = self.alignment(seen)
-        gate = self.gate(a)
-        update = self.fusion_proj(fuse(gate, seen))
+        a = total(seen) if self.alignment is None else self.alignment(seen)
+        gate = None if self.gate is None else self.gate(a)
+        fused = self.joint(seen) if gate is None else fuse(gate, seen)  # type: ignore[misc]
+        update = self.fusion_proj(fused)
+        routing = None
         if self.mlp is not None:
-            update = update + self.mlp(a)
+            small, routing = run_mlp(self.mlp, a)
+            update = update + small
         y = self._join(x, update)
-        if not watch or len(branches) < 2:
-            return LayerOutput(y)
-        return LayerOutput(y, gate, _rms(branches))
+        if not watch or gate is None or len(branches) < 2:
+            return LayerOutput(y, routing=routing)
+        return LayerOutput(y, gate, _rms(branches), routing)
 
     def _branches(
         self, z: Tensor, positions: Positions, segments: Segments, cache: HybridCacheLayer | None, removed: str | None
@@ -104,40 +104,16 @@ class HybridBlock(Block):
         return x + update if self.out_norm is None else self.out_norm(x + update)
 
 
-class SequentialBlock(Block):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): LLaMA-like with attention, plain Mamba without the MLP."""
-
-    def __init__(self, config: HybridConfig, spec: LayerSpec) -> None:
-        super().__init__()
-        self.mixers = build_mixers(config, spec)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = build_mlp(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.mlp is not None else None
-
-    def run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        segments: Segments,
-        cache: HybridCacheLayer | None,
-        removed: str | None,
-        recompute_branches: bool,
-        watch: bool,
-    ) -> LayerOutput:
-        (mixer,) = self.mixers.values()
-        z = self.norm(x)
-        if recompute_branches:
-            x = x + checkpoint(mixer, z, positions, segments, cache, use_reentrant=False)
-        else:
-            x = x + mixer(z, positions, segments, cache)
-        if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))  # type: ignore[misc]
-        return LayerOutput(x)
+BLOCK_FORMS: dict[str, Callable[[HybridConfig, LayerSpec], Block]] = {
+    "hybrid": HybridBlock,
+    "sequential": SequentialBlock,
+    "parallel": ParallelBlock,
+}
 
 
-def build_block(config: HybridConfig, spec: LayerSpec) -> nn.Module:
+def build_block(config: HybridConfig, spec: LayerSpec) -> Block:
     """The block that a layer's entry names."""
-    return {"hybrid": HybridBlock, "sequential": SequentialBlock}[spec.block](config, spec)
+    return BLOCK_FORMS[spec.block](config, spec)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from fusiontree.errors import PlanError
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.experts import Routing
 from fusiontree.models.init import mark_no_weight_decay
 from fusiontree.models.inputs import check_labels, check_tokens, described, valid_tokens
 from fusiontree.models.linear import LMHead
@@ -37,6 +38,7 @@ class HybridOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     gates: tuple[Tensor | None, ...] | None = None
     branch_rms: tuple[Tensor | None, ...] | None = None
+    routing: tuple[Routing | None, ...] | None = None
 
 
 class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
@@ -81,7 +83,8 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
         Packed rows: position_ids (B, L) restart at 0 at each document (or seq_idx names them): nothing crosses, neither
         attention nor states nor the loss. labels (B, L) are unshifted. With `output_gates`, `gates` holds each layer's
         gate (B, L, H) with its gradient, 1 all Mamba and 0 all attention, None where a layer has one branch;
-        `branch_rms` the detached root mean square (2,) of each branch's output. logits_to_keep: only the last n logits.
+        `branch_rms` the detached root mean square (2,) of each branch's output. `routing`: of mixtures of experts, each
+        layer's probabilities (B, L, E) and choices (B, L, k). logits_to_keep: only the last n logits.
         skip_logits: with `labels`, compute the loss without the logits ever standing in memory; `logits` is then None.
         """
         check_tokens(input_ids, inputs_embeds)
@@ -116,6 +119,7 @@ class HybridLanguageModel(HybridPreTrainedModel, GenerationMixin):
             hidden_states=stack.hidden_states,
             gates=tuple(out.gate for out in stack.outputs) if output_gates else None,
             branch_rms=tuple(out.branch_rms for out in stack.outputs) if output_gates else None,
+            routing=tuple(out.routing for out in stack.outputs) if self.config.num_experts > 1 else None,
         )
 
     def _in_pieces(

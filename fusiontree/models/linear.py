@@ -1,4 +1,4 @@
-"""The one linear layer of the models: torch's, without bias, through `ops.linear`; and the output head made of it."""
+"""The one linear layer of the models: torch's, mostly without bias, through `ops.linear`; and the output head."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fusiontree.ops import linear, linear_cross_entropy
 class Linear(nn.Linear):
     """(…, in) → (…, out)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
 
 
 class LMHead(Linear):

@@ -46,10 +46,18 @@ class SRTE(nn.Module):
 
 
 def check_reach(config: HybridConfig, longest: int) -> None:
-    """Refuse positions up to `longest` - 1 where the encoding is a table that ends before."""
+    """Refuse positions up to `longest` - 1 where the time encoding is a table that ends before."""
+    if config.srte != "sincos":
+        check_table(config, longest, "time encoding", "srte=sincos")
+
+
+def check_table(
+    config: HybridConfig, longest: int, what: str = "positions", otherwise: str = "position_encoding=rope"
+) -> None:
+    """Refuse positions up to `longest` - 1 beyond the end of a learned table."""
     end = config.max_position_embeddings
-    if config.srte != "sincos" and longest > end:
+    if longest > end:
         raise ConfigError(
-            f"position {longest - 1} is beyond the learned time encoding: max_position_embeddings={end} "
-            "(srte=sincos has no such limit)"
+            f"position {longest - 1} is beyond the learned {what}: max_position_embeddings={end} "
+            f"({otherwise} has no such limit)"
         )

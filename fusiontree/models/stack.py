@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 from fusiontree.models.block import LayerOutput
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.config import HybridConfig
+from fusiontree.models.experts import Routing
 from fusiontree.models.hybrid_block import build_block
 from fusiontree.models.init import init_module
 from fusiontree.models.inputs import described, valid_tokens
-from fusiontree.models.local_global_attn import windows_of
-from fusiontree.models.norms import RMSNorm
-from fusiontree.models.positions import Positions, RotaryTable
+from fusiontree.models.local_global_attn import head_groups
+from fusiontree.models.norms import build_norm
+from fusiontree.models.positions import Positions, RotaryTable, alibi_slopes
 from fusiontree.models.segments import Progress, Rows, Segments, lay_out, normal_order
-from fusiontree.models.srte import SRTE, check_reach
+from fusiontree.models.srte import SRTE, check_reach, check_table
 from fusiontree.ops.attention import remember_mask
 from fusiontree.ops.autocast import autocast_dtype
 
@@ -46,7 +47,13 @@ class Stacked:
         self.hidden = moved(self.hidden)
         if self.hidden_states is not None:
             self.hidden_states = tuple(moved(h) for h in self.hidden_states)
-        self.outputs = [out if out.gate is None else out._replace(gate=moved(out.gate)) for out in self.outputs]
+        self.outputs = [
+            out._replace(
+                gate=None if out.gate is None else moved(out.gate),
+                routing=None if out.routing is None else Routing(*map(moved, out.routing)),
+            )
+            for out in self.outputs
+        ]
         if self.document_starts is not None:
             self.document_starts = moved(self.document_starts)
 
@@ -56,7 +63,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     config: HybridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["HybridBlock", "SequentialBlock"]
+    _no_split_modules: ClassVar = ["HybridBlock", "SequentialBlock", "ParallelBlock"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", r"mamba\.D"]  # not the gate, whose D is a matrix
@@ -81,12 +88,14 @@ class HybridModel(HybridPreTrainedModel):
         self.srte = SRTE(config) if encoded and config.srte_shared else None
         self.rotary = RotaryTable(config)
         self.has_time = encoded
+        learned = config.position_encoding == "learned"
+        self.position_table = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.embedding_norm = build_norm(config) if config.embedding_norm else None
         attending = [spec for spec in specs if "attention" in spec.mixers]
-        self.windows = list(dict.fromkeys(window for spec in attending for window in windows_of(config, spec)))
+        self.groups = list(dict.fromkeys(group for spec in attending for group in head_groups(config, spec)))
         self.layers = nn.ModuleList(build_block(config, spec) for spec in specs)
         # A post-normed block already ends in a norm.
-        ends_normed = config.norm_placement == "post" and specs[-1].block == "hybrid"
-        self.norm = None if ends_normed else RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = None if config.norm_placement == "post" else build_norm(config)
         self.gradient_checkpointing = False
         self.removed_branches: dict[int, str] = {}
         self.branch_dropout_seed: int | None = None
@@ -114,6 +123,7 @@ class HybridModel(HybridPreTrainedModel):
             x = x.gather(1, order[..., None].expand_as(x))
             rows = rows.map(lambda t: t.gather(1, order), length)
         positions, segments = self._lay_out(x, rows, past_key_values, order is not None)
+        x = self._embed_positions(x, positions)
         x, hidden_states, outputs = self._run_layers(x, positions, segments, past_key_values, keep_hidden, watch)
         stack = Stacked(x, hidden_states, outputs, segments.starts)
         if order is not None:
@@ -166,20 +176,31 @@ class HybridModel(HybridPreTrainedModel):
                 raise ValueError(f"position_ids must not be negative; the smallest is {low}")
             longest = max(longest, high + 1)
         positions = Positions(ids)
-        if self.windows:
+        if any(group.position == "rope" for group in self.groups):
             positions.rotary = self.rotary.lookup(ids, longest, autocast_dtype(x))
         if self.has_time:
             check_reach(self.config, longest)
+        if self.position_table is not None:
+            check_table(self.config, longest)
+        for group in self.groups:
+            if group.position == "alibi":
+                positions.slopes[len(group.heads)] = alibi_slopes(len(group.heads), ids.device)
         if self.srte is not None:
             positions.srte = self.srte(ids)
         if cache is None:
-            self._remember_masks(segments, x)
+            self._remember_masks(positions, segments, x)
         return positions, segments
 
-    def _remember_masks(self, segments: Segments, x: Tensor) -> None:
+    def _embed_positions(self, x: Tensor, positions: Positions) -> Tensor:
+        if self.position_table is not None:
+            x = x + self.position_table(positions.ids).to(x.dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _remember_masks(self, positions: Positions, segments: Segments, x: Tensor) -> None:
         """Build what the layers share before they run: one that is compiled or computed again must not add to it."""
-        for window in self.windows:
-            remember_mask(segments.masks, x.shape[1], window, segments.reach, autocast_dtype(x), x.device)
+        for heads, window, position in self.groups:
+            slopes = positions.slopes[len(heads)] if position == "alibi" else None
+            remember_mask(segments.masks, x.shape[1], window, segments.reach, autocast_dtype(x), x.device, slopes)
 
     def _dropped_branches(self) -> dict[int, str]:
         """Which branch each layer does without in this training step; one draw per step, the same on every rank."""

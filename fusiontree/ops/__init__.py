@@ -13,6 +13,7 @@ from fusiontree.ops.mamba_step import (
     step_sizes,
 )
 from fusiontree.ops.rms_norm import rms_norm, rms_norm_reference
+from fusiontree.ops.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 from fusiontree.ops.ssd import ssd, ssd_reference, ssd_step
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
     "mamba_step_reference",
     "rms_norm",
     "rms_norm_reference",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_scan_step",
     "ssd",
     "ssd_reference",
     "ssd_step",

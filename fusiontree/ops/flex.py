@@ -7,6 +7,7 @@ the mask, with the scores in the open. Shapes as in `attention`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
-def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, reach: Tensor | None, masks: dict[tuple, Any]) -> Tensor:
+def flex_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    reach: Tensor | None,
+    masks: dict[tuple, Any],
+    slopes: Tensor | None = None,
+) -> Tensor:
     """As `attention` with a window; `masks` remembers block masks between layers of one forward pass."""
     mask = remember_block_mask(masks, q.shape[2], k.shape[2], window, reach, q.device)
     run = _compiled() if q.device.type == "cuda" else flex_attention
-    out: Tensor = run(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    fall = None if slopes is None else _fall(slopes, k.shape[2] - q.shape[2])
+    out: Tensor = run(q, k, v, score_mod=fall, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     return out
 
 
@@ -31,6 +41,15 @@ def remember_block_mask(
         masks[key] = _block_mask(length, keys, window, reach, device)
     mask: BlockMask = masks[key]
     return mask
+
+
+def _fall(slopes: Tensor, offset: int) -> Callable[..., Tensor]:
+    """ALiBi: a score falls by its head's slope per key back."""
+
+    def fallen(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score - slopes[h] * (query + offset - key)
+
+    return fallen
 
 
 @functools.cache

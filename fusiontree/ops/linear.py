@@ -12,14 +12,14 @@ from fusiontree.ops import native
 _MOST_ROWS = {torch.bfloat16: 2, torch.float32: native.MAX_ROWS}
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (…, I) times weight (O, I) transposed → (…, O), in x's dtype."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, I) times weight (O, I) transposed, plus bias (O,) → (…, O), in x's dtype."""
     out, size = weight.shape
     rows = x.numel() // size
     kernel = native.kernel("gemv", rows, x, weight)
     if kernel is None or rows > _MOST_ROWS[weight.dtype] or x.shape[-1] != size or not weight.is_contiguous():
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     wide = x.float().contiguous()
     y = x.new_empty((*x.shape[:-1], out))
     kernel(weight.data_ptr(), wide.data_ptr(), y.data_ptr(), rows, out, size)
-    return y
+    return y if bias is None else y + bias

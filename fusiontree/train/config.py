@@ -37,6 +37,8 @@ class LossSection(Section):
     """Specialise phase: weight that drives single gates to an end."""
     specialise_after: float = Field(default=0.5, ge=0, le=1)
     """Fraction of the steps after which the balance phase ends; 1 = never."""
+    router_weight: float = Field(default=0.01, ge=0)
+    """Weight of the loss that spreads tokens evenly over the experts of a model that has them."""
     distill_weight: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the teacher; used when a teacher is handed in."""
     distill_temperature: float = Field(default=2.0, gt=0)

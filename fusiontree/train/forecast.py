@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fusiontree.data import Stage
 from fusiontree.models import HybridConfig, account
+from fusiontree.models.accounting import has_gate
 from fusiontree.models.activations import LayerActivations, Pass, layer_activations, shared_activations
 from fusiontree.ops.linear_cross_entropy import tokens_at_once
 from fusiontree.train.config import RunConfig
@@ -151,7 +152,7 @@ def _shared(step: _Step) -> dict[str, int]:
 
 def _gates(model: HybridConfig) -> int:
     """Layers that have a gate between two branches."""
-    return sum(len(spec.mixers) == 2 for spec in model.layer_specs)
+    return sum(has_gate(model, spec) for spec in model.layer_specs)
 
 
 def _at_loss(step: _Step) -> Parts:
@@ -194,7 +195,7 @@ def _in_backward(step: _Step) -> Parts:
     worst = Parts()
     for i, layer in enumerate(layers):
         kept = [below.kept(step.checkpointing, watched=True) for below in layers[: i + 1]]
-        gated = sum(len(spec.mixers) == 2 for spec in step.model.layer_specs[:i])
+        gated = sum(has_gate(step.model, spec) for spec in step.model.layer_specs[:i])
         parts = standing.copy()
         parts["activations"] = shared + sum(kept)
         parts["transient"] = layer.brought_back(step.checkpointing) + _IN_FLIGHT[step.checkpointing] * hidden

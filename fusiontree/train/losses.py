@@ -67,7 +67,8 @@ class HybridModelLoss:
         self, out: Any, batch: Mapping[str, Any], phase: Phase, teacher_logits: Tensor | None = None,
         share: Share = Share(),
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Scalars: `loss` with gradient, and detached: lm_loss, gate_mean, balance_loss, entropy_loss, distill_loss.
+        """Scalars: `loss` with gradient, and detached: lm_loss, gate_mean, balance_loss, entropy_loss,
+        router_loss, router_load, distill_loss.
 
         out: the model's, with `loss`, `logits`, and `gates` where wanted; terms that cannot be had are left out. Each
         is multiplied by the micro-batch's `share` of the step.
@@ -82,6 +83,11 @@ class HybridModelLoss:
             with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_weight != 0):
                 terms["entropy_loss"] = gate_decidedness(gates, mask) * share.tokens
             total = total + balance_weight * terms["balance_loss"] + entropy_weight * terms["entropy_loss"]
+        routing = [sent for sent in (getattr(out, "routing", None) or ()) if sent is not None]
+        if routing:
+            balance = router_balance(routing, batch.get("attention_mask"))
+            terms["router_loss"], terms["router_load"] = (term * share.tokens for term in balance)
+            total = total + self.settings.router_weight * terms["router_loss"]
         if self.distill and teacher_logits is not None:
             kl = distillation(out.logits, teacher_logits, target_mask(batch), self.settings.distill_temperature)
             terms["distill_loss"] = kl * share.targets
@@ -101,6 +107,20 @@ def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean()
     real = mask.to(values.dtype)
     return (values.mean(-1) * real).sum() / real.sum().clamp(min=1)
+
+
+def router_balance(routing: list[Any], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(balance loss, load), means over layers: E Σ share_e · probability_e (Fedus et al. 2021), which is 1 when tokens
+    are spread evenly; and the busiest expert's share times E, without gradient, 1 to E."""
+    losses, loads = [], []
+    for probabilities, chosen in routing:
+        experts = probabilities.shape[-1]
+        sent = F.one_hot(chosen, experts).sum(-2).float() / chosen.shape[-1]  # (B, L, E)
+        real = torch.ones(sent.shape[:2], device=sent.device) if mask is None else mask.float()
+        share, likely = ((t * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1) for t in (sent, probabilities))
+        losses.append(experts * (share * likely).sum())
+        loads.append(experts * share.max())
+    return torch.stack(losses).mean(), torch.stack(loads).mean()
 
 
 def gate_decidedness(gates: list[Tensor], mask: Tensor | None = None) -> Tensor:

@@ -31,6 +31,8 @@ BAD_CALLS = {
     "chat: no model": ("chat", "{tmp}"),
     "info: nothing there": ("info", "nowhere"),
     "info: not a model": ("info", "{tmp}"),
+    "convert: no such model": ("convert", "nowhere", "{tmp}/out"),
+    "convert: a config": ("convert", "{config}", "{tmp}/out"),
     "info: nothing named": ("info",),
     "info: no such preset": ("info", "--preset", "gpt9"),
     "info: no such size": ("info", "--preset", "llama", "--params", "ten"),

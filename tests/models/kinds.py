@@ -63,6 +63,60 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate_head": {"gate_granularity": "head", "norm_placement": "sandwich"},
     "gate_token": {"gate_granularity": "token", "cross_rank": 2},
     "gate_layer": {"gate_granularity": "layer", "norm_placement": "pre"},
+    "gpt2": {"preset": "gpt2"},
+    "bloom": {"preset": "bloom", "num_attention_heads": 6, "head_dim": 6, "hidden_size": 36},  # slopes for any count
+    "falcon": {"preset": "falcon", "num_attention_heads": 4},
+    "alibi_windows": {  # a key head serves a global and a local head, each group with slopes of its own
+        "preset": "llama",
+        "position_encoding": "alibi",
+        "sliding_window": 7,
+        "global_heads": 1,
+        "num_key_value_heads": 2,
+        "norm_placement": "post",
+        "mlp_type": "mlp",
+        "hidden_act": "relu",
+    },
+    "global_none": {  # local heads turn their keys, the global one does not, of the same key head
+        "global_position_encoding": "none",
+        "num_key_value_heads": 2,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_length": 16,
+        "mlp_type": "geglu",
+        "norm_type": "layer",
+        "mlp_bias": True,
+        "attention_bias": True,
+        "alignment": False,
+    },
+    "parallel_2": {
+        "block": "parallel",
+        "mixers": ["mamba"],
+        "parallel_norms": 2,
+        "norm_placement": "sandwich",
+        "position_encoding": "learned",
+        "embedding_norm": True,
+    },
+    "mamba": {"preset": "mamba"},
+    "falcon_h1": {"preset": "falcon_h1_like", "norm_placement": "sandwich"},
+    "hymba": {"preset": "hymba_like", "sliding_window": 5, "num_hidden_layers": 4},
+    "mean_mamba1": {
+        "fusion_rule": "mean",
+        "norm_type": "layer",
+        "mamba_type": "mamba1",
+        "mamba_d_conv": 3,
+        "mamba_dt_rank": 5,
+        "mamba_dt_limit": (0.05, 1.0),
+    },
+    "experts": {
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "mlp_type": "swiglu",
+        "norm_placement": "pre",
+        "srte": "none",
+        "fusion_rule": "sum",
+        "alignment": False,
+        "cross_rank": 2,
+    },
     "untied": {"tie_word_embeddings": False, "mlp_type": "none"},
 }
 
@@ -83,7 +137,7 @@ def draw_weights(model: torch.nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith((".D", "scale")):
+            if ("norm" in name and not name.endswith("bias")) or name.endswith((".D", "scale")):
                 parameter.normal_(1.0, 0.2, generator=generator)
             elif name.endswith(("dt_bias", "A_log")):
                 parameter.normal_(0.0, 1.0, generator=generator)

@@ -35,6 +35,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {}),
     "mamba2": ("mamba2", {}),
+    "gpt2": ("gpt2", {}),
+    "alibi": ("bloom", {"num_attention_heads": 4, "head_dim": 16}),
+    "alibi in windows": ("alibi_windows", {"hidden_act": "gelu"}),
+    "falcon": ("falcon", {}),
+    "two norms": ("falcon", {"parallel_norms": 2, "norm_placement": "sandwich"}),
+    "mamba": ("mamba", {}),
+    "sum": ("falcon_h1", {}),
+    "mean": ("hymba", {}),
+    "sum in the hybrid block": ("post", {"fusion_rule": "sum", "alignment": False}),
+    "mean in the hybrid block": ("mean_mamba1", {"mamba_type": "mamba2"}),
+    "experts": ("experts", {}),
+    "gate without alignment": ("post", {"alignment": False, "norm_placement": "pre"}),
 }
 SIZES = {"hidden_size": 64, "mamba_head_dim": 16, "mamba_d_state": 16, "gate_rank": 8, "mamba_chunk_size": 32}
 ROWS, LENGTH = 2, 160
@@ -42,7 +54,8 @@ ROWS, LENGTH = 2, 160
 
 def built(name: str, device: str = "cpu") -> HybridLanguageModel:
     kind, settings = SHAPES[name]
-    windowed = {} if kind in ("llama", "mixed") else {"sliding_window": 40}
+    whole = ("llama", "mixed", "gpt2", "bloom", "falcon", "falcon_h1")
+    windowed = {} if kind in whole else {"sliding_window": 40}
     with torch.device(device):
         return HybridLanguageModel(config_of(kind, **{**SIZES, **windowed, **settings})).train()
 
@@ -126,7 +139,7 @@ def test_a_gpu_keeps_what_its_kernels_keep(name: str, monkeypatch: pytest.Monkey
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, 0.0, is_causal)[0]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
-    monkeypatch.setattr(activations, "_norm", lambda size, run: 4 * (2 * size + 1))
+    monkeypatch.setattr(activations, "_rms_norm", lambda size, run: 4 * (2 * size + 1))
     model = built(name, "meta")
     batch = {"input_ids": torch.zeros(ROWS, LENGTH, dtype=torch.long, device="meta")}
     for checkpointing in ("none", "branches", "block"):

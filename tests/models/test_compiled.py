@@ -78,7 +78,8 @@ def assert_compiled_is_eager(model: HybridLanguageModel, backend: str, tolerance
 
 ALIKE = {  # to other kinds, but for sizes, or covered below
     "post", "mqa", "local_only", "window_odd", "attention_kept", "mamba_kept", "mistral", "srte_learned",
-    "srte_low_rank", "conv_2", "pyramid", "cross", "cross_pruned", "gate_token",
+    "srte_low_rank", "conv_2", "pyramid", "cross", "cross_pruned", "gate_token", "bloom", "parallel_2", "mamba",
+    "hymba",
 }  # fmt: skip
 
 

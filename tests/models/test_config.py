@@ -23,7 +23,7 @@ REFUSED = {
     "sliding_window": [0, 1.5, True, "5"],
     "global_heads": [-1, 5, 1.0, None, True],
     "rope_theta": [-1, 0, NAN, INF, "x"],
-    "rope_scaling": ["yarn", None],
+    "rope_scaling": ["longrope", None],
     "rope_factor": [0, -2.0, NAN, "2"],
     "max_position_embeddings": [0, None],
     "mamba_d_state": [0],
@@ -51,6 +51,20 @@ REFUSED = {
     "initializer_range": [-1, "x", NAN],
     "use_cache": ["x"],
     "block": ["x", None],
+    "position_encoding": ["x", None],
+    "global_position_encoding": ["learned", 3],
+    "rope_original_length": [0, 1.5],
+    "mamba_type": ["mamba3", None],
+    "mamba_dt_rank": [0, "4"],
+    "fusion_rule": ["x", None],
+    "alignment": ["x", 1],
+    "norm_type": ["x", None],
+    "attention_bias": [1],
+    "mlp_bias": ["x"],
+    "embedding_norm": [0],
+    "parallel_norms": [0, 3, True],
+    "num_experts": [0, 1.5],
+    "experts_per_token": [0, 2],
     "mixers": ["mamba", [], ["mlp"], 3],
 }
 REFUSED_LAYERS = [
@@ -65,8 +79,9 @@ REFUSED_LAYERS = [
     ([{}, {"mixers": ["mamba", "mamba"]}], "each once"),
     ([{}, {"mixers": ["mlp"]}], "mamba, attention or both"),
     ([{}, {"mixers": [1]}], "mamba, attention or both"),
-    ([{"block": "x"}, {}], "must be hybrid or sequential"),
-    ([{"block": "sequential"}, {}], "a sequential block has exactly one"),
+    ([{"block": "x"}, {}], "must be one of hybrid, sequential, parallel"),
+    ([{"block": "sequential"}, {}], "two mixers in a sequential block need sum or mean"),
+    ([{"block": "parallel"}, {}], "two mixers in a parallel block need sum or mean"),
     ([{"sliding_window": 0}, {}], r"layers\[0\].sliding_window=0"),
     ([{"global_heads": 9}, {}], "between 0 and num_attention_heads=4"),
 ]
@@ -190,6 +205,20 @@ FLIPS = {
     "layers": ([{"mixers": ["mamba"]}, {}], {}),
     "tie_word_embeddings": (False, {}),
     "block": ("sequential", {"mixers": ["attention"]}),
+    "position_encoding": ("alibi", {}),
+    "global_position_encoding": ("none", {}),
+    "rope_original_length": (8, {"rope_scaling": "yarn", "rope_factor": 4.0}),
+    "mamba_type": ("mamba1", {}),
+    "mamba_dt_rank": (3, {"mamba_type": "mamba1"}),
+    "fusion_rule": ("sum", {}),
+    "alignment": (False, {}),
+    "norm_type": ("layer", {}),
+    "attention_bias": (True, {}),
+    "mlp_bias": (True, {}),
+    "embedding_norm": (True, {}),
+    "num_experts": (3, {}),
+    "experts_per_token": (2, {"num_experts": 3}),
+    "parallel_norms": (2, {"block": "parallel", "mixers": ["attention"], "norm_placement": "pre"}),
     "mixers": (["attention"], {}),
 }
 ELSEWHERE = {  # and the test that shows their effect
@@ -228,23 +257,26 @@ def test_every_setting_changes_something(name: str) -> None:
     assert shapes != other_shapes or not torch.equal(logits, other)
 
 
+BLOCKS_OF = {  # by the first word of a preset's name; the others are transformers
+    "fusiontree": ("hybrid", ("mamba", "attention")),
+    "mamba": ("sequential", ("mamba",)),
+    "mamba2": ("sequential", ("mamba",)),
+    "hymba": ("sequential", ("mamba", "attention")),
+    "falcon": ("parallel", ("attention",)),
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
     config = preset(name, vocab_size=61, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
     blocks = {(spec.block, spec.mixers) for spec in config.layer_specs}
     assert len(config.layers) == 3
-    assert (
-        blocks
-        == {
-            "fusiontree": {("hybrid", ("mamba", "attention"))},
-            "llama": {("sequential", ("attention",))},
-            "mamba2": {("sequential", ("mamba",))},
-        }[name.partition("_v")[0]]
-    )
+    kind = "hymba" if name == "falcon_h1_like" else name.partition("_")[0]
+    assert blocks == {BLOCKS_OF.get(kind, ("sequential", ("attention",)))}
     model = HybridLanguageModel(config)
     assert model(tokens(1, 7)).logits.shape == (1, 7, 61)
     names = [n for n, _ in model.named_parameters()]
-    assert any("mlp" in n for n in names) == (name != "mamba2")
+    assert any("mlp" in n for n in names) == (name not in ("mamba", "mamba2"))
     assert any("srte" in n for n in names) == name.startswith("fusiontree")
 
 
@@ -256,6 +288,43 @@ def test_preset_details() -> None:
     assert {(s.sliding_window, s.global_heads) for s in mistral.layer_specs} == {(128, 0)}
     assert preset("fusiontree").to_dict() == HybridConfig().to_dict()
     assert preset("mamba2").mlp_type == "none"
+
+
+def test_what_makes_each_preset_itself() -> None:
+    def has(name: str, **settings: object) -> bool:
+        config = preset(name, hidden_size=64, num_attention_heads=8, num_hidden_layers=5)
+        return all(getattr(config, key) == value for key, value in settings.items())
+
+    assert has("gpt2", position_encoding="learned", norm_type="layer", attention_bias=True, intermediate_size=256)
+    assert has("bloom", position_encoding="alibi", embedding_norm=True, mlp_bias=True, norm_type="layer")
+    assert has("falcon", block="parallel", num_key_value_heads=1, mlp_bias=False, norm_type="layer", mlp_type="mlp")
+    assert has("mistral", sliding_window=4096, num_key_value_heads=2, mlp_type="swiglu", norm_type="rms")
+    assert has("mamba", mamba_type="mamba1", mamba_d_state=16, mlp_type="none")
+    assert has("falcon_h1_like", fusion_rule="sum") and has("hymba_like", fusion_rule="mean")
+    hymba = preset("hymba_like", num_hidden_layers=5)
+    assert [layer["sliding_window"] for layer in hymba.layers] == [None, 1024, None, 1024, None]
+    assert has("fusiontree_v2", window_growth=4) and has("fusiontree_v3", cross_rank=4)
+    assert has("fusiontree_v4", gate_granularity="head")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"block": "parallel", "mixers": ["attention"], "mlp_type": "none"}, "mlp_type='none'"),
+        ({"block": "parallel", "mixers": ["attention"], "parallel_norms": 2}, "parallel_norms=2"),
+        ({"num_experts": 2, "mlp_type": "none"}, "num_experts=2"),
+        ({"fusion_rule": "sum", "mlp_type": "none"}, "alignment=True: without a gate and an MLP"),
+    ],
+)
+def test_settings_that_need_each_other(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        HybridConfig(**{**BASE, **settings})
+
+
+def test_an_odd_head_needs_no_turning() -> None:
+    assert HybridConfig(**{**BASE, "head_dim": 7, "position_encoding": "alibi"})
+    with pytest.raises(ConfigError, match="head_dim=7: must be even"):
+        HybridConfig(**{**BASE, "head_dim": 7, "position_encoding": "alibi", "global_position_encoding": "rope"})
 
 
 def test_unknown_presets_and_settings_are_refused() -> None:

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fusiontree.models.positions import alibi_slopes
 from fusiontree.ops import attention, attention_reference
 from tests.models.kinds import assert_same, assert_same_gradient
 from tests.ops.poison import poisoned_memory
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None) -> Tensor:
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tensor | None, slopes: Tensor | None = None
+) -> Tensor:
     """Each query by itself, in float64: its visible keys, their softmax."""
     batch, heads, length, size = q.shape
     share, keys = heads // k.shape[1], k.shape[2]
@@ -31,7 +34,10 @@ def definition(q: Tensor, k: Tensor, v: Tensor, window: int | None, reach: Tenso
             if reach is not None:
                 seen = min(seen, int(reach[b, i]))
             mine = slice(slot + 1 - seen, slot + 1)
-            weights = torch.softmax((k[b, :, mine] @ q[b, :, i, :, None])[..., 0] / size**0.5, dim=-1)
+            scores = (k[b, :, mine] @ q[b, :, i, :, None])[..., 0] / size**0.5
+            if slopes is not None:
+                scores = scores - slopes[:, None] * torch.arange(seen - 1, -1, -1)
+            weights = torch.softmax(scores, dim=-1)
             outs.append((weights[:, None] @ v[b, :, mine])[:, 0])
         rows.append(torch.stack(outs, dim=1))
     return torch.stack(rows)
@@ -50,21 +56,42 @@ def some_reach(batch: int, length: int, past: int, seed: int) -> Tensor:
 
 
 def check(
-    batch: int, heads: int, kv_heads: int, length: int, past: int, window: int | None, packed: bool, seed: int = 0
-) -> None:
+    batch: int, heads: int, kv_heads: int, length: int, past: int, window: int | None, packed: bool, seed: int = 0,
+    slopes: Tensor | None = None,
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
     q = torch.randn(batch, heads, length, 4, requires_grad=True)
     k, v = (torch.randn(batch, kv_heads, past + length, 4, requires_grad=True) for _ in "kv")
     reach = some_reach(batch, length, past, seed) if packed else None
     with poisoned_memory():
-        got = attention(q, k, v, window, reach)
+        got = attention(q, k, v, window, reach, None, slopes)
         weight = torch.randn(got.shape)
         grads = torch.autograd.grad((got * weight).sum(), (q, k, v))
-    want = definition(q, k, v, window, reach)
+    want = definition(q, k, v, window, reach, slopes)
     assert_same(got, want)
-    assert_same(attention_reference(q, k, v, window, reach), want)
+    assert_same(attention_reference(q, k, v, window, reach, slopes), want)
     for ours, theirs in zip(grads, torch.autograd.grad((want * weight).sum(), (q, k, v)), strict=True):
         assert_same_gradient(ours, theirs, weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [5, 40, None])
+def test_alibi(window: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of a window, whole, in blocks of queries, and for one query that shares its key head."""
+    slopes = alibi_slopes(6, torch.device("cpu"))
+    for length, past in ((63, 0), (63, 40), (1, 40)):
+        check(2, 6, 3, length, past, window, packed, slopes=slopes)
+    monkeypatch.setattr(sys.modules["fusiontree.ops.attention"], "_BLOCK_BUDGET", 103 * 6 * 20)
+    check(2, 6, 3, 63, 40, window, packed, slopes=slopes)
+
+
+def test_slopes_are_the_papers() -> None:
+    def slopes(heads: int) -> list[float]:
+        return alibi_slopes(heads, torch.device("cpu")).tolist()
+
+    assert slopes(1) == [2**-8] and slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert slopes(3) == pytest.approx([2**-4, 2**-8, 2**-2])
+    assert slopes(12)[8:] == pytest.approx([2 ** -(i / 2) for i in (1, 3, 5, 7)])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,6 +18,7 @@ def test_flex_is_the_definition(length: int, past: int, window: int, packed: boo
     q = torch.randn(2, 4, length, 16)
     k, v = (torch.randn(2, 2, past + length, 16) for _ in "kv")
     reach = torch.randint(1, past + 2, (2, length)) + torch.arange(length) // 3 if packed else None
-    want = attention_reference(q, k, v, window, reach)
-    got = flex_window(q, k, v, window, reach, {})
-    assert_same(got, want)
+    for slopes in (None, torch.tensor([0.5, 0.25, 0.1, 0.01])):
+        want = attention_reference(q, k, v, window, reach, slopes)
+        got = flex_window(q, k, v, window, reach, {}, slopes)
+        assert_same(got, want)
