@@ -43,6 +43,7 @@ OPTIONAL = [
     "fastapi",
     "uvicorn",
     "prometheus_client",
+    "bm25s",
 ]
 
 # About an optional package, and imported only where it is there.

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TopK, TopP
+from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Retrieve, Seed, Temperature, TopK, TopP
 from fusiontree.cli.sampling import device as chosen
 from fusiontree.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from fusiontree.deploy import InferenceRuntime
+    from fusiontree.deploy.retrieval import Index
     from fusiontree.deploy.scheduler_ticket import Ticket
 
 HELP = "an empty line or /quit ends, /reset forgets the conversation, Ctrl-C ends an answer"
@@ -29,11 +31,13 @@ def chat(
     top_p: TopP = 0.95,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
+    retrieve: Retrieve = None,
     device: Device = "auto",
 ) -> None:
     """Talk with a model, streaming; a model that never saw dialogues will only continue the text."""
     from fusiontree.cli.places import model_folder
     from fusiontree.deploy import InferenceRuntime, Limits, Scheduler
+    from fusiontree.deploy.retrieval import Index
     from fusiontree.deploy.sampling import GenerationOptions
 
     options = GenerationOptions(
@@ -45,6 +49,7 @@ def chat(
         seed=seed,
     )
     runtime = InferenceRuntime(model_folder(model), device=chosen(device))
+    index = None if retrieve is None else Index(retrieve)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     typer.echo(f"({HELP})")
@@ -56,7 +61,8 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                ticket = scheduler.submit(runtime.chat_request(messages, options))
+                asked = messages if index is None else _helped(index, runtime, messages, max_new_tokens)
+                ticket = scheduler.submit(runtime.chat_request(asked, options))
             except ConfigError as error:
                 if len(messages) == len(opening) + 1:  # not even this message alone: the settings are wrong
                     raise
@@ -64,6 +70,18 @@ def chat(
                 typer.echo(f"error: {error}; /reset makes room", err=True)
                 continue
             messages.append({"role": "assistant", "content": _say(ticket).strip()})
+
+
+def _helped(
+    index: Index, runtime: InferenceRuntime, messages: list[dict[str, str]], new_tokens: int
+) -> list[dict[str, str]]:
+    """The messages with passages before the last question, whose places are told."""
+    from fusiontree.cli.index import tell_sources
+    from fusiontree.deploy.retrieval import before_question
+
+    asked, hits = before_question(index, runtime, messages, new_tokens)
+    tell_sources(hits)
+    return asked
 
 
 def _say(ticket: Ticket) -> str:

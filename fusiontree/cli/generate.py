@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Seed, Temperature, TopK, TopP
+from fusiontree.cli.sampling import Device, MaxNewTokens, RepetitionPenalty, Retrieve, Seed, Temperature, TopK, TopP
 from fusiontree.cli.sampling import device as chosen
 
 
@@ -22,15 +22,23 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    retrieve: Retrieve = None,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt, streaming to the terminal as it is written."""
+    from fusiontree.cli.index import tell_sources
     from fusiontree.cli.places import model_folder
     from fusiontree.deploy import InferenceRuntime
+    from fusiontree.deploy.retrieval import Index, before_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = InferenceRuntime(model_folder(model), device=chosen(device)).stream(
-        text,
+    runtime = InferenceRuntime(model_folder(model), device=chosen(device))
+    asked = text
+    if retrieve is not None:
+        asked, hits = before_prompt(Index(retrieve), runtime, text, max_new_tokens)
+        tell_sources(hits)
+    pieces = runtime.stream(
+        asked,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -22,10 +22,12 @@ from fusiontree.cli import (
     export,
     gates,
     generate,
+    index,
     info,
     prune,
     report,
     runs,
+    serve,
     tokenizer,
     train,
     verify,
@@ -81,17 +83,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="FusionTree: hybrid Mamba + attention language models. The road: train → watch the gates → prune → export → "
-    "generate. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says why), "
-    "130 interrupted.",
+    "generate, serve. Exit codes: 0 done, 1 verify found something broken, 2 the input cannot be used (one line says "
+    "why), 130 interrupted.",
 )
 VERBS = (
-    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, info, report, runs, compare,
+    demo, train, prune, export, convert, eval, bench, gates, verify, generate, chat, serve, info, report, runs, compare,
     ablate,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(getattr(verb, verb.__name__.rsplit(".", 1)[-1]))
 app.add_typer(tokenizer.app)
 app.add_typer(data.app)
+app.add_typer(index.app)
 
 
 def main() -> None:

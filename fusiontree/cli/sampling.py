@@ -1,5 +1,6 @@
 """The flags that `generate` and `chat` share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ TopK = Annotated[int, typer.Option(help="Draw among so many tokens; 0 = all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the most probable tokens that hold this much probability.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: less of what is in the text already.")]
 Seed = Annotated[int, typer.Option(help="The same seed draws the same text.")]
+Retrieve = Annotated[
+    Path | None, typer.Option(help="Index whose passages are put before the prompt.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto (the GPU when there is one), cpu or cuda.")]
 
 

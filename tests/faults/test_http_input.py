@@ -176,7 +176,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"suffix": "z"}, "suffix"), ({"prompt": ["a", ""]}, "the prompt is empty"),
 
     ({"stream_options": {"x": 1}}, "stream_options"),
-    ({"gates": "yes"}, "gates"),
+    ({"gates": "yes"}, "gates"), ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
 ]  # fmt: skip
 CHAT_OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"), ({"messages": [{"role": "user"}]}, "messages"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from fusiontree.deploy.requests import ChoiceEnd, TokenEvent, Usage
+from fusiontree.deploy.retrieval import Hit
 from fusiontree.deploy.server.errors import ApiError
 from fusiontree.deploy.server.models import Served
 from fusiontree.deploy.server.schemas import ChatRequest, Sampling
@@ -18,17 +19,20 @@ Json = dict[str, Any]
 class Answer:
     """The answer to one body: knows its id, its form and what each choice has said so far.
 
-    `note` is told of each prompt's usage.
+    `note` is told of each prompt's usage; `hits` are the passages it was given, None where none were looked for.
     """
 
     prefix: ClassVar[str] = "cmpl"
     kinds: ClassVar[tuple[str, str]] = ("text_completion", "text_completion")  # whole, chunk
 
-    def __init__(self, model: Served, body: Sampling, note: Callable[[Usage], None]) -> None:
+    def __init__(
+        self, model: Served, body: Sampling, note: Callable[[Usage], None], hits: Sequence[Hit] | None = None
+    ) -> None:
         self.model = model
         self.body = body
         self.usages: list[Usage] = []
         self._note = note
+        self._sources = {} if hits is None else {"sources": [hit.told() for hit in hits]}
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
         self.head["system_fingerprint"] = model.runtime.fingerprint[:16]
         self._said: dict[int, int] = {}  # characters that each choice has written
@@ -56,7 +60,8 @@ class Answer:
     def chunk(self, choices: list[Json], usage: Json | None = None) -> Json:
         """One event of a stream."""
         more = {"usage": usage} if self.tells_usage else {}
-        return {**self.head, "object": self.kinds[1], "choices": choices, **more}
+        sources, self._sources = self._sources, {}  # the first chunk brings them
+        return {**self.head, "object": self.kinds[1], "choices": choices, **more, **sources}
 
     @property
     def tells_usage(self) -> bool:
@@ -73,7 +78,13 @@ class Answer:
         for place, (tokens, end) in enumerate(choices):
             text = "".join(token.text for token in tokens) + end.text
             made.append(self._choice(place, text, tokens, finish_reason(end), chunk=False))
-        return {**self.head, "object": self.kinds[0], "choices": made, "usage": total_usage(self.usages)}
+        return {
+            **self.head,
+            "object": self.kinds[0],
+            "choices": made,
+            "usage": total_usage(self.usages),
+            **self._sources,
+        }
 
     @property
     def _wants_every_token(self) -> bool:
@@ -148,9 +159,11 @@ class ChatAnswer(Answer):
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode("utf-8"))}
 
 
-def answer_to(model: Served, body: Sampling, note: Callable[[Usage], None]) -> Answer:
+def answer_to(
+    model: Served, body: Sampling, note: Callable[[Usage], None], hits: Sequence[Hit] | None = None
+) -> Answer:
     """The form of the answer that a body asks for."""
-    return (ChatAnswer if isinstance(body, ChatRequest) else Answer)(model, body, note)
+    return (ChatAnswer if isinstance(body, ChatRequest) else Answer)(model, body, note, hits)
 
 
 def finish_reason(end: ChoiceEnd) -> str:

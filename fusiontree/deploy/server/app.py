@@ -14,13 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
 import fusiontree
-from fusiontree.deploy.scheduler_ticket import Ticket
+from fusiontree.deploy.retrieval import Index
 from fusiontree.deploy.server import auth, files
 from fusiontree.deploy.server.answers import answer_to
 from fusiontree.deploy.server.body import BodyLimit, StrictRoute
 from fusiontree.deploy.server.errors import ApiError, install
 from fusiontree.deploy.server.metrics import CONTENT_TYPE, CountRequests, Metrics
-from fusiontree.deploy.server.models import Models, Served
+from fusiontree.deploy.server.models import Models, Served, Submitted
 from fusiontree.deploy.server.schemas import ChatRequest, CompletionRequest, ErrorBody
 from fusiontree.deploy.server.settings import ServerSettings
 from fusiontree.deploy.server.streams import EventStream, chunks, while_connected, whole_answer
@@ -39,9 +39,14 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(served: Sequence[Served], settings: ServerSettings, report: Path | None = None) -> FastAPI:
-    """The ASGI application over `served`; `report`: the page of a training run, opened from the page."""
-    models = Models(served, settings)
+def create_app(
+    served: Sequence[Served], settings: ServerSettings, report: Path | None = None, index: Index | None = None
+) -> FastAPI:
+    """The ASGI application over `served`.
+
+    `report`: the page of a training run, opened from the page; `index`: passages of it are put before every prompt.
+    """
+    models = Models(served, settings, index)
     metrics = Metrics(models)
     routes = [*_api(models, metrics).routes, *_page(models, report).routes]
     paths = frozenset(path for route in routes if (path := getattr(route, "path", "")))
@@ -75,8 +80,8 @@ def _api(models: Models, metrics: Metrics) -> APIRouter:
 
     async def answer(request: Request, body: CompletionRequest | ChatRequest) -> Response:
         """Submit a checked body; a client that leaves ends the work."""
-        model, tickets = await _submit(models, body)
-        made = answer_to(model, body, lambda usage: metrics.note(model.name, usage))
+        model, tickets, hits = await _submit(models, body)
+        made = answer_to(model, body, lambda usage: metrics.note(model.name, usage), hits)
         patience = models.settings.ping_seconds
         if body.stream:
             return EventStream(chunks(made, tickets, patience))
@@ -125,7 +130,7 @@ def _api(models: Models, metrics: Metrics) -> APIRouter:
     return router
 
 
-async def _submit(models: Models, body: CompletionRequest | ChatRequest) -> tuple[Served, list[Ticket]]:
+async def _submit(models: Models, body: CompletionRequest | ChatRequest) -> Submitted:
     """`Models.submit` in a thread, for it reads whole prompts; what is taken is cancelled if nobody waits any more."""
     work = asyncio.get_running_loop().run_in_executor(None, models.submit, body)
     try:
@@ -135,9 +140,9 @@ async def _submit(models: Models, body: CompletionRequest | ChatRequest) -> tupl
         raise
 
 
-def _cancel_all(work: "asyncio.Future[tuple[Served, list[Ticket]]]") -> None:
+def _cancel_all(work: "asyncio.Future[Submitted]") -> None:
     if not work.cancelled() and work.exception() is None:
-        for ticket in work.result()[1]:
+        for ticket in work.result().tickets:
             ticket.cancel()
 
 

@@ -6,9 +6,10 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fusiontree.deploy.requests import Request, ServingEngine
+from fusiontree.deploy.retrieval import Hit, Index, before_prompt, before_question
 from fusiontree.deploy.sampling import GenerationOptions
 from fusiontree.deploy.scheduler_ticket import Ticket
 from fusiontree.deploy.server.errors import ApiError
@@ -17,6 +18,7 @@ from fusiontree.deploy.server.settings import ServerSettings
 from fusiontree.errors import ConfigError
 from fusiontree.models.accounting import account
 
+ANSWER_TOKENS = 256  # room that passages leave for an answer in a chat that does not say how long it may be
 COMPLETION_TOKENS = 16  # what OpenAI's completions write when nothing is said; chat goes on as far as there is room
 
 
@@ -66,11 +68,20 @@ class Served:
         }
 
 
-class Models:
-    """All models of a server; the first is the one the page begins with."""
+class Submitted(NamedTuple):
+    """What became of a body: a ticket per prompt, and the passages put before them (None: nothing was looked for)."""
 
-    def __init__(self, served: Sequence[Served], settings: ServerSettings) -> None:
+    model: Served
+    tickets: list[Ticket]
+    hits: list[Hit] | None
+
+
+class Models:
+    """All models of a server; the first is the one the page begins with. `index`: what every prompt is helped by."""
+
+    def __init__(self, served: Sequence[Served], settings: ServerSettings, index: Index | None = None) -> None:
         self.settings = settings
+        self.index = index
         self.by_name = {model.name: model for model in served}
         if not served or len(self.by_name) < len(served):
             raise ConfigError(f"each served model needs a name of its own; given {[model.name for model in served]}")
@@ -92,10 +103,12 @@ class Models:
         for model in self.by_name.values():
             model.engine.close()
 
-    def submit(self, body: CompletionRequest | ChatRequest) -> tuple[Served, list[Ticket]]:
+    def submit(self, body: CompletionRequest | ChatRequest) -> Submitted:
         """One ticket per prompt. Reads the prompts, so call it in a thread of its own."""
-        model = self.find(body.model)
-        requests = list(self._chat(model, body) if isinstance(body, ChatRequest) else self._completions(model, body))
+        model, hits = self.find(body.model), list[Hit]()
+        index = None if body.retrieve is False else self.index
+        read = self._chat if isinstance(body, ChatRequest) else self._completions
+        requests = read(model, body, index, hits)  # type: ignore[arg-type]
         tickets: list[Ticket] = []
         try:
             for request in requests:
@@ -104,9 +117,9 @@ class Models:
             for ticket in tickets:
                 ticket.cancel()
             raise
-        return model, tickets
+        return Submitted(model, tickets, hits if index else None)
 
-    def _chat(self, model: Served, body: ChatRequest) -> list[Request]:
+    def _chat(self, model: Served, body: ChatRequest, index: Index | None, hits: list[Hit]) -> list[Request]:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens):
@@ -114,10 +127,15 @@ class Models:
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         messages = [message.plain() for message in body.messages]
+        if index is not None:
+            messages, found = before_question(index, model.runtime, messages, most or ANSWER_TOKENS)
+            hits += found
         request = model.runtime.chat_request(messages, _options(body, 1), **self._fields(body, logprobs))
         return [self._fitted(model, request, most)]
 
-    def _completions(self, model: Served, body: CompletionRequest) -> list[Request]:
+    def _completions(
+        self, model: Served, body: CompletionRequest, index: Index | None, hits: list[Hit]
+    ) -> list[Request]:
         prompts: list[Any] = (
             body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
         )
@@ -125,6 +143,9 @@ class Models:
         options, fields = _options(body, most), self._fields(body, body.logprobs)
         found = []
         for prompt in prompts:
+            if index is not None and isinstance(prompt, str):
+                prompt, helping = before_prompt(index, model.runtime, prompt, most)
+                hits += helping
             ids = model.runtime.encode(prompt) if isinstance(prompt, str) else prompt
             found.append(self._fitted(model, Request(ids, options, **fields), most))
         return found
@@ -164,6 +185,8 @@ def _options(body: Sampling, max_new_tokens: int) -> GenerationOptions:
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or 0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
         seed=secrets.randbelow(2**63) if body.seed is None else body.seed % 2**63,
         stop=stop if isinstance(stop, str) else tuple(stop),
     )

@@ -54,6 +54,8 @@ class Sampling(Strict):
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2, description="1 when left out; 0: always the most probable")
     top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="left out: another one each time")
@@ -63,15 +65,15 @@ class Sampling(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="FusionTree")
     gates: bool | None = Field(None, description="FusionTree: each token brings the mean gate of every layer")
 
+    retrieve: bool | None = Field(None, description="FusionTree: false leaves out what --retrieve would put before")
+
     # Without an effect here.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
-    # Taken only where they are off.
-    presence_penalty: Annotated[float | None, _off(0, 0.0)] = None
-    frequency_penalty: Annotated[float | None, _off(0, 0.0)] = None
+    # Taken only where it is off.
     logit_bias: Annotated[dict[str, float] | None, _off()] = None
 
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from fusiontree.deploy.requests import (
@@ -61,9 +60,9 @@ class FakeRuntime:
             raise ConfigError("the prompt is empty or not a text; give at least one character")
         return list(self.tokenizer.encode(text))
 
-    def chat_request(self, messages: Sequence[Any], options: GenerationOptions, **fields: Any) -> Request:
+    def chat_request(self, messages: Sequence[Any], options: GenerationOptions | None = None, **fields: Any) -> Request:
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return Request(self.encode(text), options, **fields)
+        return Request(self.encode(text), options or GenerationOptions(), **fields)
 
 
 class FakeEngine:
@@ -166,8 +165,3 @@ class FakeEngine:
             ticket.put(ChoiceEnd(choice, reason, error="the step failed" if reason == "error" else None))
             self.finished[reason] += 1
         ticket.put(RequestEnd(Usage(ticket.prompt_tokens, 0, sum(counts), 0.01, 0.02, 0.03)))
-
-
-def runtime_request(prompt: str, **options: Any) -> Request:
-    """A request as the server makes it."""
-    return replace(Request(TOKENIZER.encode(prompt)), options=GenerationOptions(**options))

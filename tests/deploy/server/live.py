@@ -25,12 +25,12 @@ PATIENCE = 30.0
 
 @contextlib.contextmanager
 def serving(
-    served: Sequence[Served], settings: ServerSettings | None = None, report: Path | None = None
+    served: Sequence[Served], settings: ServerSettings | None = None, report: Path | None = None, index: Any = None
 ) -> Iterator[str]:
     """The address of a running server; it is shut down at the end."""
     settings = settings or ServerSettings()
     listening = bind("127.0.0.1", 0)
-    app = create_app(served, settings, report)
+    app = create_app(served, settings, report, index)
     config = uvicorn.Config(
         app, http=protocol_for(settings), ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=2
     )

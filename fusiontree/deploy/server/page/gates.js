@@ -56,12 +56,13 @@ export function addToken(view, text, layers) {
     token.setAttribute("role", "button");
     token.setAttribute("aria-label", `${text.trim() || word("token")}: ${word("mean")} ${number(mean(layers), 2)}`);
   }
-  word_(view, text).append(token);
-  if (text.includes("\n")) view.append(document.createElement("br"));
+  if (/^\n./s.test(text)) view.append(document.createElement("br"));
+  wordFor(view, text).append(token);
+  if (text.endsWith("\n")) view.append(document.createElement("br"));
 }
 
 // Lines break between words: tokens of one word stand together.
-function word_(view, text) {
+function wordFor(view, text) {
   const last = view.lastElementChild;
   const joins = last?.className === "word" && /^[\p{L}\p{N}\p{P}]/u.test(text) && !/^[\p{Script=Han}]/u.test(text);
   if (joins || (text === "" && last?.className === "word")) return last;

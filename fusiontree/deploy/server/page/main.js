@@ -69,7 +69,7 @@ async function answer(model, question, view, signal) {
   const tell = (why) => {
     const seconds = (performance.now() - first) / 1000;
     const speed = count > 1 ? ` · ${number((count - 1) / seconds, 1)} ${word("tokensPerSecond")}` : "";
-    view.foot.textContent = `${count} ${word("token")}${speed}${why ? ` · ${why}` : ""}`;
+    view.foot.textContent = `${number(count)} ${word("tokens")}${speed}${why ? ` · ${why}` : ""}`;
   };
   try {
     for await (const chunk of stream(...body(model, question), signal)) {
