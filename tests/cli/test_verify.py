@@ -31,7 +31,7 @@ def test_ours_holds(call: Call, folder: Path, tmp_path: Path) -> None:
     assert last["broken"] == [] and {"cached", "packed", "pruned", "saved", "bf16"} <= set(last["holds"])
     assert [line["name"] for line in kept["lines"] if line["status"] == "holds"] == last["holds"]
     assert kept["fingerprint"] == last["fingerprint"] and kept["provenance"]["versions"]["transformers"]
-    assert kept["command"].startswith("fusiontree ") and kept["length"] == 24
+    assert kept["command"].startswith("fusiontree") and kept["length"] == 24
     assert "pruned" in result.stdout and f"written: {tmp_path}/found.json" in result.stdout
 
 

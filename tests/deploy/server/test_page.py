@@ -113,7 +113,7 @@ def test_a_conversation_goes_on_and_begins_anew(page: Any) -> None:
 
 
 def test_stop_ends_the_stream_and_the_work(page: Any) -> None:
-    full.step_seconds = 0.05
+    full.step_seconds = 0.2
     page.evaluate("document.getElementById('max_tokens').value = 150")
     ask(page, "hello")
     page.wait_for_selector(".token")
