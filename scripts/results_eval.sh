@@ -18,14 +18,8 @@ run() { # FOLDER TASKS SETTINGS...
   shift 2
   fusiontree eval "$model" --tasks "$tasks" --out "$out/$folder" "$@"
 }
-<<<<<<< HEAD
 run wikipedia perplexity --data data/results/wikipedia/test.jsonl --lengths "${lengths%,16K,64K}" --limit "$windows"
 run code perplexity --data "$code/**/*.py" --lengths "${lengths%,16K,64K}" --limit "$windows"
-=======
-run wikipedia perplexity --data data/results/wikipedia/test.jsonl --lengths 256,1K,4K --limit 6
-run code perplexity --data "$code/**/*.py" --lengths 256,1K,4K --limit 6
-run novel perplexity --data "$novel" --lengths 1K,8K,64K --limit 1
->>>>>>> 2489b04 (READMEs: serving, verify, gates, bench, the laboratory)
 run needles needle_code --lengths 256,1K --depths 0,50,100 --option repeats=4 --option new_tokens=8 --option buffer=60
 run recall copy,phonebook --option sizes=5,10,20 --limit "$questions"
 run completion codebase --data "$code" --lengths 512 --limit "$questions"
