@@ -18,7 +18,7 @@ from fusiontree.errors import ConfigError
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 200
 NOT_FINITE = "the model's output is not finite; its weights are damaged or its dtype overflows"
-_CANDIDATES = 1024  # most probable tokens among which a nucleus is looked for before all are sorted
+_CANDIDATES = 256  # most probable tokens among which a nucleus is looked for before all are sorted
 
 
 class Options(TypedDict, total=False):
@@ -154,9 +154,10 @@ def _draw(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
 
     # A temperature next to 0 must not make the division overflow.
     scores = (scores - scores.amax(1, keepdim=True)) / column([max(draw.options.temperature, 1e-6) for draw in draws])
-    if any(draw.options.top_k or draw.options.top_p < 1 for draw in draws):
-        lowest = [_lowest(row, draw.options) for row, draw in zip(scores, draws, strict=True)]
-        scores = scores.masked_fill(scores < torch.stack(lowest)[:, None], -math.inf)
+    if limited := [row for row, draw in enumerate(draws) if draw.options.top_k or draw.options.top_p < 1]:
+        some = scores[limited]
+        lowest = _lowest(some, [draws[row].options for row in limited])
+        scores[limited] = some.masked_fill(some < lowest[:, None], -math.inf)
     weights = scores.exp()
     cumulative = weights.double().cumsum(1)
     point = column([uniform(draw.seed, len(draw.ids)) for draw in draws], torch.float64) * cumulative[:, -1:]
@@ -166,22 +167,35 @@ def _draw(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     return torch.minimum(drawn, last)
 
 
-def _lowest(scores: Tensor, options: GenerationOptions) -> Tensor:
-    """The lowest of one row's scores (V,) that may be drawn; ties with it may be drawn too."""
-    size = len(scores)
-    count = min(options.top_k or size, size)
-    best = scores.topk(min(size, max(_CANDIDATES, count) if options.top_k else _CANDIDATES)).values
-    lowest = best[count - 1] if options.top_k else scores.new_tensor(-math.inf)
-    if options.top_p == 1:
-        return lowest
-    enough = options.top_p * torch.where(scores >= lowest, scores.exp(), 0.0).double().sum()
-    cumulative = best.exp().double().cumsum(0)
-    if len(best) < size and bool(cumulative[-1] < enough):
-        best = scores.sort(descending=True).values
-        cumulative = best.exp().double().cumsum(0)
-    # The first place at which the tokens up to it hold enough.
-    place = torch.searchsorted(cumulative, enough).clamp_max(len(best) - 1)
-    return torch.maximum(lowest, best[place])
+def _lowest(scores: Tensor, options: Sequence[GenerationOptions]) -> Tensor:
+    """Per row of scores (B, V) the lowest that may be drawn; ties with it may be drawn too."""
+    size, device = scores.shape[1], scores.device
+    top_k = torch.tensor([min(o.top_k or size, size) for o in options], device=device)
+    share = torch.tensor([float(o.top_p) for o in options], dtype=torch.float64, device=device)
+    count = min(size, max(_CANDIDATES, *(o.top_k for o in options)))
+    best = scores.topk(count).values
+    lowest = best.gather(1, (top_k.clamp_max(count) - 1)[:, None])[:, 0]
+    lowest = torch.where(top_k < size, lowest, -math.inf)
+    # Sums run from left to right, so that they do not depend on the number of rows.
+    allowed = torch.where(scores >= lowest[:, None], scores, -math.inf).exp().double().cumsum(1)
+    enough = share * allowed[:, -1]
+    return torch.where(share < 1, torch.maximum(lowest, _nucleus(scores, enough)), lowest)
+
+
+def _nucleus(scores: Tensor, enough: Tensor) -> Tensor:
+    """Per row of scores (B, V) the highest such that those from it up add up to `enough` (B,)."""
+    size, lowest = scores.shape[1], scores.amin(1)
+    rows = torch.arange(len(scores), device=scores.device)
+    for count in (_CANDIDATES, 16 * _CANDIDATES, size):
+        ordered = scores[rows].topk(min(count, size)).values
+        cumulative = ordered.exp().double().cumsum(1)
+        place = torch.searchsorted(cumulative, enough[rows, None])
+        found = place[:, 0] < ordered.shape[1]
+        lowest[rows[found]] = ordered[found].gather(1, place[found])[:, 0]
+        rows = rows[~found]
+        if not len(rows):
+            break
+    return lowest
 
 
 def uniform(seed: int, position: int) -> float:

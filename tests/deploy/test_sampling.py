@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fusiontree.deploy.sampling import Draw, GenerationOptions, next_tokens
 from fusiontree.errors import ConfigError
@@ -16,7 +17,8 @@ def next_token(logits: torch.Tensor, ids: list[int], options: GenerationOptions,
 
 
 def draws(options: GenerationOptions, count: int = 4000) -> dict[int, float]:
-    counted = Counter(next_token(LOGITS, [0] * (1 + i % 7), options, seed=i) for i in range(count))
+    rows = [Draw([0] * (1 + i % 7), 1, options, seed=i) for i in range(count)]
+    counted = Counter(token for token in next_tokens(LOGITS.expand(count, -1), rows) if token is not None)
     return {token: number / count for token, number in counted.items()}
 
 
@@ -51,6 +53,37 @@ def test_seed_and_position_decide_the_draw() -> None:
         next_token(LOGITS, [2] * n, options, 3) for n in range(1, 50)
     ]
     assert len({tuple(next_token(LOGITS, [1] * n, options, seed) for n in range(1, 20)) for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize("vocabulary", [300, 6000])
+def test_rows_are_drawn_together_as_alone_and_among_what_transformers_allows(vocabulary: int) -> None:
+    logits = 3 * torch.randn(24, vocabulary, generator=torch.Generator().manual_seed(0))
+    rows = [
+        Draw(
+            list(range(5 + i)), 2,
+            GenerationOptions(
+                temperature=(0.0, 0.7, 1.5)[i % 3], top_k=(0, 5, 400)[i // 2 % 3], top_p=(1.0, 0.9, 0.99)[i // 3 % 3],
+                frequency_penalty=i % 2 * 0.5, repetition_penalty=1 + i % 4 / 10,
+            ),
+            seed=i,
+        )
+        for i in range(24)
+    ]  # fmt: skip
+    together = next_tokens(logits, rows)
+    assert together == [next_tokens(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    unread = torch.empty(1, 0, dtype=torch.long)
+    for i, row in enumerate(rows):
+        options = row.options
+        if options.temperature == 0 or options.penalises:
+            continue
+        allowed = TemperatureLogitsWarper(options.temperature)(unread, logits[i : i + 1])
+        if options.top_k:
+            allowed = TopKLogitsWarper(options.top_k)(unread, allowed)
+        if options.top_p < 1:
+            allowed = TopPLogitsWarper(options.top_p)(unread, allowed)
+        drawn = {next_tokens(logits[i : i + 1], [row._replace(seed=seed)])[0] for seed in range(40)}
+        assert drawn <= set((allowed[0] > -torch.inf).nonzero()[:, 0].tolist())
+    assert next_tokens(torch.stack([logits[0], torch.full_like(logits[0], torch.nan)]), rows[:2])[1] is None
 
 
 def test_output_that_is_not_finite_is_no_token() -> None:
