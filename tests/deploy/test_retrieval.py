@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fusiontree.deploy.retrieval import Hit, Index, Passage, build_index, fitting, words
+from fusiontree.deploy.retrieval import Hit, Index, Passage, before_prompt, before_question, build_index, fitting, words
+from fusiontree.deploy.server.models import Served
 from fusiontree.errors import DataError, FusionTreeError
+from tests.deploy.server.fakes import FakeEngine, FakeRuntime
+from tests.deploy.server.live import Raw, request, serving
 
 pytest.importorskip("bm25s")
 
@@ -65,6 +68,19 @@ def test_passages_keep_their_place_and_lose_nothing(folder: Path) -> None:
     assert "".join("".join(p.text.split()) for p in river) == "".join(TEXTS["river.txt"].split())
 
 
+def test_only_what_fits_is_put_before_a_prompt(folder: Path) -> None:
+    runtime, index = FakeRuntime(), Index(folder / "index")
+    runtime.max_length = 1000  # a temporary folder's name is long
+    prompt, hits = before_prompt(index, runtime, "the danube", new_tokens=50)
+    assert hits and prompt.startswith("[1] ") and prompt.endswith("the danube")
+    assert len(runtime.encode(prompt)) + 50 <= runtime.max_length
+    assert before_prompt(index, runtime, "the danube", new_tokens=980) == ("the danube", [])
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "the danube"}]
+    asked, found = before_question(index, runtime, messages, new_tokens=20)
+    assert found and asked[0] == messages[0] and asked[1]["content"].endswith("the danube")
+    assert messages[1]["content"] == "the danube"
+
+
 def test_a_passage_too_long_makes_way_for_the_next() -> None:
     hits = [Hit(Passage("a", 1, "x" * 90), 2.0), Hit(Passage("b", 7, "y"), 1.0)]
     assert fitting(hits, len, 40) == ("[1] b:7\ny\n\n", [hits[1]])
@@ -80,3 +96,21 @@ def test_what_is_no_index_is_refused(folder: Path, tmp_path: Path) -> None:
     damaged.write_text(json.dumps({"source": "x", "line": 1, "text": "injected"}) + "\n")
     with pytest.raises(DataError, match="cannot be read"):
         Index(tmp_path / "index")
+
+
+def test_the_server_puts_passages_before_prompts_and_names_them(folder: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.max_length = 1000
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "the danube"}], "max_tokens": 3}
+    with serving([Served("tiny", runtime, FakeEngine())], index=Index(folder / "index")) as address:
+        helped = request(address, "POST", "/v1/chat/completions", body)[2]
+        alone = request(address, "POST", "/v1/chat/completions", {**body, "retrieve": False})[2]
+        text = {"model": "tiny", "prompt": "the danube", "max_tokens": 3, "stream": True}
+        with Raw(address) as raw:
+            data = json.dumps(text)
+            raw.send("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            raw.send(f"Content-Length: {len(data)}\r\n\r\n{data}")
+            chunks = [json.loads(line[6:]) for line in raw.read_until(b"[DONE]").splitlines() if line[:7] == b"data: {"]
+    assert helped["sources"][0]["source"].endswith("river.txt") and helped["sources"][0]["line"] == 1
+    assert "sources" not in alone and helped["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"] + 50
+    assert chunks[0]["sources"] == helped["sources"] and all("sources" not in chunk for chunk in chunks[1:])
