@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, DOCUMENT = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
@@ -86,7 +87,7 @@ def perplexity_table() -> Iterator[str]:
     for text, name in TEXTS.items():
         rows = {model: lengths(content, text) for model, content in shown.items()}
         for length in rows[TWINS[0]]:
-            first, second = sorted(shown, key=lambda model, at=length: rows[model][at]["bits_per_byte"])[:2]
+            first, second = sorted(shown, key={m: rows[m][length]["bits_per_byte"] for m in shown}.__getitem__)[:2]
             clear = is_clear(*difference(shown[second], shown[first], text, length))
             cells = [bold(with_error(rows[m][length], "bits_per_byte"), clear and m == first) for m in shown]
             yield f"| {name} | {length:,} | {rows[first][length]['windows']} | {' | '.join(cells)} |"
@@ -226,20 +227,7 @@ def finish(figure: Any, panels: Any, name: str) -> None:
     figure.savefig(FOLDER / f"{name}.png", dpi=100, facecolor="white")
 
 
-def main() -> None:
-    """Print the tables, or write them into the document and draw."""
-    tables = {name: "\n".join(make()) for name, make in TABLES.items()}
-    if "--write" not in sys.argv:
-        print("\n\n".join(tables.values()))
-        return
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        assert re.search(pattern, text, flags=re.DOTALL), f"{DOCUMENT}: no marker for the table {name!r}"
-        text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
-    DOCUMENT.write_text(text, encoding="utf-8")
-    draw()
-
-
 if __name__ == "__main__":
-    main()
+    tables.main(DOCUMENT, TABLES)
+    if "--write" in sys.argv[1:]:
+        draw()
