@@ -18,10 +18,11 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, DOCUMENT = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 TWINS = ("fusiontree", "llama", "mamba2")
-COLOURS = {"fusiontree": "#0a6f6a", "llama": "#b5651d", "mamba2": "#5b4b9a"}
+COLOURS = {"fusiontree": "#0a6f6a", "llama": "#b5651d", "mamba2": "#5b4b9a", "pruned": "#8a8f98"}
 TEXTS = {
     "wikipedia": "Wikipedia, test",
     "code": "standard library, held out",
+    "novel": "a novel",
 }
 CLEAR = 2.0  # standard errors from which a difference is called one
 
@@ -34,7 +35,7 @@ def load(name: str) -> dict[str, Any]:
 
 def models() -> dict[str, dict[str, Any]]:
     """What was measured of each."""
-    return {name: load(name) for name in TWINS if (FOLDER / f"{name}.json").exists()}
+    return {name: load(name) for name in (*TWINS, "pruned") if (FOLDER / f"{name}.json").exists()}
 
 
 def runs() -> dict[str, dict[str, Any]]:
@@ -87,7 +88,7 @@ def perplexity_table() -> Iterator[str]:
     for text, name in TEXTS.items():
         rows = {model: lengths(content, text) for model, content in shown.items()}
         for length in rows[TWINS[0]]:
-            first, second = sorted(shown, key={m: rows[m][length]["bits_per_byte"] for m in shown}.__getitem__)[:2]
+            first, second = sorted(TWINS, key={m: rows[m][length]["bits_per_byte"] for m in TWINS}.__getitem__)[:2]
             clear = is_clear(*difference(shown[second], shown[first], text, length))
             cells = [bold(with_error(rows[m][length], "bits_per_byte"), clear and m == first) for m in shown]
             yield f"| {name} | {length:,} | {rows[first][length]['windows']} | {' | '.join(cells)} |"
@@ -161,6 +162,29 @@ def bold(text: str, wanted: bool) -> str:
     return f"**{text}**" if wanted else text
 
 
+def speed_table() -> Iterator[str]:
+    """What `fusiontree bench` found, the models in turns."""
+    heads = (
+        "prefill tokens/s",
+        "decode tokens/s",
+        "first token ms",
+        "weights MB",
+        "KV MB",
+        "state MB",
+        "activations MB",
+    )
+    yield f"| model | prompt | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * (len(heads) + 1)
+    for row in load("speed")["rows"]:
+        speed, parts = row["speed"], {name: size / 1e6 for name, size in row["memory"].items() if size is not None}
+        yield (
+            f"| {row['model']} | {row['length']:,} | {speed['prefill_tokens_per_second']:,.0f} | "
+            f"{speed['decode_tokens_per_second']:,.0f} | {speed['time_to_first_token'] * 1000:,.0f} | "
+            f"{parts['weights']:.1f} | {parts['kv']:.1f} | {parts['ssm'] + parts['conv']:.2f} | "
+            f"{parts['activations']:.0f} |"
+        )
+
+
 TABLES = {
     "training": training_table,
     "rates": rates_table,
@@ -168,6 +192,7 @@ TABLES = {
     "perplexity": perplexity_table,
     "differences": differences_table,
     "answers": answers_table,
+    "speed": speed_table,
 }
 
 

@@ -1,9 +1,9 @@
 """Gathers what docs/results.md shows from the folders of runs and evaluations, as docs/results/*.json.
 
-python scripts/results_collect.py RATES RUNS EVALUATIONS
+python scripts/results_collect.py RATES RUNS EVALUATIONS SPEED
 
 RATES holds MODEL-RATE, short runs of small models; RUNS holds MODEL, the runs; EVALUATIONS holds MODEL/FOLDER as
-scripts/results_eval.sh fills it.
+scripts/results_eval.sh fills it; SPEED is the output of `fusiontree bench` on the models.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ KEPT = ("version", "main_metric", "metrics", "errors", "tables", "samples", "set
 
 def main() -> None:
     """Write training.json and one file for each model."""
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 5:
         sys.exit(__doc__)
-    rates, runs, evaluations = map(Path, sys.argv[1:])
+    rates, runs, evaluations, speed = map(Path, sys.argv[1:])
     write("training", {key: [*map(training, sorted(at.iterdir()))] for key, at in (("rates", rates), ("runs", runs))})
     for folder in sorted(path for path in evaluations.iterdir() if path.is_dir()):
         write(folder.name, evaluation(folder))
+    write("speed", speeds(json.loads((speed / "results.json").read_text(encoding="utf-8"))))
 
 
 def training(folder: Path) -> dict[str, Any]:
@@ -50,6 +51,14 @@ def training(folder: Path) -> dict[str, Any]:
         "curve": [[line["step"], round(line["lm_loss"], 4)] for line in losses],
         "validation": [[line["step"], round(line["validation_loss"], 4)] for line in checks],
     }
+
+
+def speeds(found: dict[str, Any]) -> dict[str, Any]:
+    """The rows without their raw times, and what they were measured on."""
+    rows = [
+        {**row, "speed": {k: v for k, v in row["speed"].items() if not isinstance(v, list)}} for row in found["rows"]
+    ]
+    return {**{key: found[key] for key in ("machine", "versions", "commit", "new_tokens", "repeats")}, "rows": rows}
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
