@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
+import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from fusiontree.deploy import InferenceRuntime
 from fusiontree.deploy.requests import Limits
 from fusiontree.deploy.scheduler import Scheduler
 from fusiontree.deploy.server.models import Served
-from tests.deploy.server.live import request, serving
+from tests.deploy.server.live import Raw, request, serving, until
 from tests.deploy.tiny import save_tiny
 from tests.faults.payloads import TEMPLATES
 
@@ -95,3 +99,55 @@ def test_a_message_is_never_a_template(running: Running) -> None:
     body = {"model": "tiny", "messages": messages, "max_tokens": 1}
     used = request(address, "POST", "/v1/chat/completions", body)[2]["usage"]["prompt_tokens"]
     assert used == len(runtime.encode(f"User: {text}\nAssistant:"))
+
+
+@pytest.mark.fault(row=33)
+def test_a_hundred_streams_equal_one_at_a_time(running: Running, client: openai.OpenAI) -> None:
+    def text(number: int) -> str:
+        parts = client.completions.create(
+            model="tiny", prompt=f"prompt {number}", max_tokens=8, seed=number, stream=True
+        )
+        return "".join(part.choices[0].text for part in parts)
+
+    with ThreadPoolExecutor(100) as pool:
+        together = list(pool.map(text, range(100)))
+    alone = [
+        running[1].generate(f"prompt {number}", max_new_tokens=8, temperature=1.0, seed=number) for number in range(100)
+    ]
+    assert together == alone
+
+
+@pytest.mark.fault(row=33)
+@pytest.mark.slow
+def test_memory_is_flat_over_2000_requests_with_random_disconnects(running: Running, fault_figure: Any) -> None:
+    address, _, scheduler = running
+
+    def some(number: int) -> None:
+        draw = random.Random(number)
+        body = {"model": "tiny", "prompt": f"{number} " + "x" * draw.randint(1, 40), "seed": number}
+        body |= {"max_tokens": draw.randint(1, 6), "stream": draw.random() < 0.7, "gates": draw.random() < 0.3}
+        text = json.dumps(body)
+        with Raw(address) as raw:
+            raw.send("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            raw.send(f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}")
+            if draw.random() < 0.5:
+                raw.socket.settimeout(draw.random() * 0.05)
+                try:
+                    raw.read_until(b"data: ")
+                except (TimeoutError, AssertionError, OSError):
+                    return
+            else:
+                assert raw.read_all().startswith(b"HTTP/1.1 200")
+
+    def rest() -> float:
+        until(lambda: scheduler.stats().active == scheduler.stats().waiting == scheduler.stats().prefilling == 0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024**2
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(some, range(500)))
+        before = rest()
+        list(pool.map(some, range(500, 2000)))
+        grown = rest() - before
+    fault_figure("MiB grown over 1,500 requests with random disconnects", grown, largest=True)
+    assert scheduler.stats().state_bytes == 0 and grown < 30
+    assert request(address, "GET", "/health")[0] == 200
